@@ -1,0 +1,74 @@
+"""Which bytes of which trainer rank one engine rank reads, and where they go.
+
+A plan has two parts that are carried out one after the other: *reads* bring byte ranges of trainer
+windows into one landing buffer (``prepare``), *copies* move elements from there into the engine's
+windows (``commit``). Both are fixed when trainer and engine meet and replayed at every version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rdt_core.region import Region
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """One one-sided copy: a contiguous byte range of a trainer's window into the landing buffer."""
+
+    trainer_rank: int
+    window: str
+    offset_bytes: int
+    nbytes: int
+    landing_offset_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """One region's way from the landing buffer to an engine window; strides follow the tensor's dims."""
+
+    tensor: str
+    region: Region
+    source_dtype: str
+    landing_offset_bytes: int
+    landing_stride_bytes: tuple[int, ...]
+    window: str
+    target_dtype: str
+    target_offset_bytes: int
+    target_stride_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The reads and copies of one engine rank.
+
+    Args:
+        engine_rank: whose plan this is.
+        reads: by trainer rank; within one rank by window and offset.
+        copies: cover every shard of the engine's manifest exactly once.
+        landing_nbytes: size of the landing buffer.
+        payload_nbytes: bytes that are needed; ``read_nbytes - payload_nbytes`` is read in vain because a
+            strided source is read as one span.
+        num_tensors: distinct tensors that are read.
+    """
+
+    engine_rank: int
+    reads: Mapping[int, tuple[Read, ...]] = field(default_factory=dict)
+    copies: tuple[Copy, ...] = ()
+    landing_nbytes: int = 0
+    payload_nbytes: int = 0
+    num_tensors: int = 0
+
+    @property
+    def read_nbytes(self) -> int:
+        """Bytes that cross the link at every version."""
+        return sum(read.nbytes for reads in self.reads.values() for read in reads)
+
+    @property
+    def num_reads(self) -> int:
+        """Descriptors a version."""
+        return sum(len(reads) for reads in self.reads.values())

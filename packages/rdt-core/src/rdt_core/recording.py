@@ -1,0 +1,32 @@
+"""What the recorder found out about an engine's loader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from rdt_core.manifest import Shard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recording:
+    """Where every checkpoint tensor lands in one engine rank.
+
+    Args:
+        shards: regions of checkpoint tensors in engine windows; ``dtype`` is the parameter's own.
+        windows: by name, a flat uint8 view of the live storage of a parameter or buffer (the name is the
+            first parameter that owns the storage).
+        reload: tensors that no read can express, with the loader operation that made it so; they are
+            brought whole and given to ``EngineModel.load``.
+        skipped: tensors that the loader takes and drops by design (a tied ``lm_head.weight``, say).
+    """
+
+    shards: tuple[Shard, ...]
+    windows: Mapping[str, torch.Tensor]
+    reload: Mapping[str, str] = field(default_factory=dict)
+    skipped: frozenset[str] = frozenset()
