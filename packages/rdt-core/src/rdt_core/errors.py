@@ -25,10 +25,12 @@
     |   |-- GroupInUseError
     |   |-- MissingTrainerRankError
     |   |-- NotConnectedError
+    |   |-- CoordinatorLostError
     |   `-- ClosedError
     |-- VersionError                versions only grow, and only a published one can be read
     |   |-- StaleVersionError
     |   |-- NotPublishedError
+    |   |-- NotPreparedError
     |   `-- SupersededError
     |-- TransportError              bytes did not arrive
     |   |-- TransportUnavailableError
@@ -330,6 +332,18 @@ class NotConnectedError(SessionError):
         )
 
 
+class CoordinatorLostError(SessionError):
+    """The group's coordinator actor ended."""
+
+    def __init__(self, group: str, detail: str) -> None:
+        self.group, self.detail = group, detail
+        super().__init__(
+            f"the coordinator of sync group {group!r} is gone ({detail}). Engines serve what they last "
+            "committed; attach the trainer ranks again and connect again.",
+            group, detail,
+        )
+
+
 class ClosedError(SessionError):
     """Use of a publisher, subscriber or sync after ``close``."""
 
@@ -363,6 +377,18 @@ class NotPublishedError(VersionError):
             f"trainer ranks {list(missing)} have not published version {version} after {waited_s:.1f} s. Call "
             "publisher.publish(version=...) in every rank after optimizer.step().",
             version, tuple(missing), waited_s,
+        )
+
+
+class NotPreparedError(VersionError):
+    """A commit of a version that this engine rank has not read."""
+
+    def __init__(self, version: int, prepared: int | None) -> None:
+        self.version, self.prepared = version, prepared
+        super().__init__(
+            f"cannot commit version {version}: this engine rank has {prepared or 'nothing'} prepared. Call "
+            "prepare with this version first, and wait for it.",
+            version, prepared,
         )
 
 

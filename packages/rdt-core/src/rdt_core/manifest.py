@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rdt_core.dtypes import itemsize_bytes
+from rdt_core.layout import span_nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rdt_core.region import Region
+
+SIDES = ("trainer", "engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +97,59 @@ class Manifest:
     def nbytes(self) -> int:
         """Bytes of all shards."""
         return sum(shard.nbytes for shard in self.shards)
+
+
+def find_fault(manifest: Manifest) -> str | None:
+    """What is wrong with a manifest, in words that name the shard, or None when nothing is.
+
+    Checks that every name resolves, every region lies in its tensor's shape, and every element of every
+    shard lies in its window on a multiple of its size. The wire format asks on both ends.
+
+    Raises:
+        UnknownDtypeError: a dtype is not one that this project moves.
+    """
+    return (
+        _find_header_fault(manifest)
+        or next(filter(None, (_find_window_fault(*item) for item in manifest.windows.items())), None)
+        or next(filter(None, (_find_spec_fault(*item) for item in manifest.tensors.items())), None)
+        or next(filter(None, (_find_shard_fault(manifest, shard) for shard in manifest.shards)), None)
+    )
+
+
+def _find_header_fault(manifest: Manifest) -> str | None:
+    if manifest.side not in SIDES:
+        return f"side is {manifest.side!r}, expected one of {SIDES}"
+    if not 0 <= manifest.rank < manifest.world_size:
+        return f"rank {manifest.rank} is not one of {manifest.world_size} ranks"
+    return None
+
+
+def _find_window_fault(name: str, window: Window) -> str | None:
+    if name != window.name:
+        return f"window {window.name!r} is filed under {name!r}"
+    return f"window {name!r} has {window.nbytes} bytes" if window.nbytes < 0 else None
+
+
+def _find_spec_fault(name: str, spec: TensorSpec) -> str | None:
+    itemsize_bytes(spec.dtype)
+    if name != spec.name:
+        return f"tensor {spec.name!r} is filed under {name!r}"
+    return f"tensor {name!r} has shape {spec.shape}" if any(n < 0 for n in spec.shape) else None
+
+
+def _find_shard_fault(manifest: Manifest, shard: Shard) -> str | None:
+    spec, window = manifest.tensors.get(shard.tensor), manifest.windows.get(shard.window)
+    if spec is None or window is None:
+        return f"a shard of {shard.tensor!r} in window {shard.window!r} names one that is not described"
+    if not len(shard.stride_bytes) == len(shard.region.start) == len(spec.shape):
+        return f"{shard.tensor}{shard.region} and its strides must have {len(spec.shape)} dims"
+    if any(stop > n for stop, n in zip(shard.region.stop, spec.shape, strict=True)):
+        return f"{shard.tensor}{shard.region} lies outside of its shape {spec.shape}"
+    itemsize = itemsize_bytes(shard.dtype)
+    if shard.offset_bytes < 0 or any(stride < 0 for stride in shard.stride_bytes):
+        return f"{shard.tensor}{shard.region} has a negative offset or stride"
+    if shard.offset_bytes % itemsize or any(stride % itemsize for stride in shard.stride_bytes):
+        return f"{shard.tensor}{shard.region} is not aligned to its {itemsize}-byte elements"
+    if shard.offset_bytes + span_nbytes(shard.region.shape, shard.stride_bytes, itemsize) > window.nbytes:
+        return f"{shard.tensor}{shard.region} reaches beyond the {window.nbytes} bytes of {window.name!r}"
+    return None

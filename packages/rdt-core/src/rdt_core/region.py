@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ class Region:
     def __post_init__(self) -> None:
         if len(self.start) != len(self.stop):
             raise ValueError(f"start {self.start} and stop {self.stop} differ in length")
-        if any(a < 0 or b < a for a, b in zip(self.start, self.stop, strict=True)):
+        if any(map(operator.gt, self.start, self.stop)) or min(self.start, default=0) < 0:
             raise ValueError(f"need 0 <= start <= stop in every dim, got {self.start} and {self.stop}")
 
     @classmethod
@@ -34,7 +35,7 @@ class Region:
     @property
     def shape(self) -> tuple[int, ...]:
         """Extent in each dim, in elements."""
-        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+        return tuple(map(operator.sub, self.stop, self.start))
 
     @property
     def num_elements(self) -> int:
@@ -43,9 +44,11 @@ class Region:
 
     def intersect(self, other: Region) -> Region | None:
         """The region held by both, or None when they do not meet."""
+        if len(self.start) != len(other.start):
+            raise ValueError(f"{self} and {other} differ in length")
         start = tuple(map(max, self.start, other.start))
         stop = tuple(map(min, self.stop, other.stop))
-        if any(a >= b for a, b in zip(start, stop, strict=True)):
+        if any(map(operator.ge, start, stop)):
             return None
         return Region(start, stop)
 

@@ -1,0 +1,225 @@
+"""How publishers, subscribers and drivers call a group's coordinator."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import importlib
+import threading
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from rdt_core.coordinator import POLL_S, Coordinator, Outcome, TrainerTask
+from rdt_core.errors import CoordinatorLostError, DeadlineError, RdtError, UnknownGroupError
+from rdt_core.ray_session import NAMESPACE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+CALL_TIMEOUT_S = 10.0
+"""For a call that the coordinator answers without waiting for anyone."""
+
+
+ATTACH_TIMEOUT_S = 60.0
+"""For the first call to a coordinator, which may have to wait for its actor to start."""
+
+
+class Channel(Protocol):
+    """Runs a coordinator's coroutine and returns its result, wherever the coordinator lives."""
+
+    def call(self, method: str, *args: object, timeout_s: float) -> Any:
+        """Block until the result is there.
+
+        Raises:
+            RdtError: whatever the coordinator raised.
+            DeadlineError: no answer within ``timeout_s`` seconds.
+            CoordinatorLostError: the coordinator ended.
+        """
+
+    def end(self) -> None:
+        """End the coordinator itself. Called by the last trainer rank that leaves. Idempotent."""
+
+
+class _ActorCoordinator(Coordinator):
+    """The coordinator inside its actor.
+
+    Tickets of Ray's tensor transports carry torch dtypes. Importing torch while it unpickles the first one
+    would hold the actor's event loop, and every member's deadline, for seconds; so it happens at start.
+    """
+
+    def __init__(self, group: str) -> None:
+        importlib.import_module("torch")
+        super().__init__(group)
+
+
+class RayChannel:
+    """A channel to the group's named Ray actor. Make one with :meth:`create` or :meth:`find`."""
+
+    def __init__(self, group: str, actor: Any) -> None:
+        self._group, self._actor = group, actor
+
+    @classmethod
+    def create(cls, group: str) -> RayChannel:
+        """The group's coordinator, started if there is none. Trainer ranks call this."""
+        import ray  # noqa: PLC0415  ray is loaded on first use, not on import
+
+        options = {"name": actor_name(group), "namespace": NAMESPACE, "get_if_exists": True}
+        actor = ray.remote(_ActorCoordinator).options(**options, lifetime="detached", num_cpus=0).remote(group)
+        return cls(group, actor)
+
+    @classmethod
+    def find(cls, group: str) -> RayChannel:
+        """The group's coordinator, which trainers have started. Engines and drivers call this.
+
+        Raises:
+            UnknownGroupError: no trainer has attached under this name.
+        """
+        import ray  # noqa: PLC0415
+
+        try:
+            return cls(group, ray.get_actor(actor_name(group), namespace=NAMESPACE))
+        except ValueError:
+            raise UnknownGroupError(group, NAMESPACE) from None
+
+    def call(self, method: str, *args: object, timeout_s: float) -> Any:
+        """See :class:`Channel`."""
+        import ray  # noqa: PLC0415
+        from ray import exceptions  # noqa: PLC0415
+
+        try:
+            return ray.get(getattr(self._actor, method).remote(*args), timeout=timeout_s)
+        except exceptions.GetTimeoutError:
+            raise DeadlineError(
+                f"the coordinator of group {self._group!r} to answer {method}",
+                timeout_s,
+                "Look for a stopped Ray node or actor.",
+            ) from None
+        except exceptions.RayTaskError as error:
+            if isinstance(error.cause, RdtError):
+                raise error.cause from None
+            raise
+        except exceptions.RayActorError as error:
+            raise CoordinatorLostError(self._group, type(error).__name__) from error
+
+    def end(self) -> None:
+        """See :class:`Channel`."""
+        import ray  # noqa: PLC0415
+
+        ray.kill(self._actor)
+
+
+class LocalChannel:
+    """A coordinator on an event loop in this process: the fake that unit and contract tests use."""
+
+    def __init__(self, group: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"rdt-{group}", daemon=True)
+        self._thread.start()
+        self._group, self._coordinator = group, Coordinator(group)
+
+    def call(self, method: str, *args: object, timeout_s: float) -> Any:
+        """See :class:`Channel`."""
+        if not self._loop.is_running():
+            raise CoordinatorLostError(self._group, "its event loop has stopped")
+        future = asyncio.run_coroutine_threadsafe(getattr(self._coordinator, method)(*args), self._loop)
+        try:
+            return future.result(timeout_s)
+        except concurrent.futures.TimeoutError:
+            future.cancel()
+            raise DeadlineError(f"the coordinator to answer {method}", timeout_s, "It is in this process.") from None
+
+    def end(self) -> None:
+        """See :class:`Channel`."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CALL_TIMEOUT_S)
+
+
+def actor_name(group: str) -> str:
+    """Name of a group's coordinator among the actors of the Ray namespace."""
+    return f"rdt:{group}"
+
+
+class CoordinatorClient:
+    """The coordinator's methods, typed, with a deadline on every call. See :class:`Coordinator` for each.
+
+    Args:
+        channel: how to reach it.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def attach(self, rank: int, world_size: int, instance: str, manifest: bytes) -> int:
+        """Offer a trainer rank's manifest; returns the last version it published."""
+        return cast(
+            "int", self._channel.call("attach", rank, world_size, instance, manifest, timeout_s=ATTACH_TIMEOUT_S)
+        )
+
+    def next_tasks(self, rank: int, instance: str) -> list[TrainerTask]:
+        """Tasks for a trainer rank, after at most ``POLL_S``."""
+        return cast(
+            "list[TrainerTask]",
+            self._channel.call("next_tasks", rank, instance, timeout_s=POLL_S + CALL_TIMEOUT_S),
+        )
+
+    def answer(self, number: int, outcome: Outcome) -> None:
+        """Answer a task."""
+        self._channel.call("answer", number, outcome, timeout_s=CALL_TIMEOUT_S)
+
+    def publish(self, rank: int, instance: str, version: int) -> None:
+        """Say that a trainer rank's memory holds ``version``."""
+        self._channel.call("publish", rank, instance, version, timeout_s=CALL_TIMEOUT_S)
+
+    def detach(self, rank: int, instance: str) -> None:
+        """Leave; the last trainer rank ends the coordinator."""
+        if self._channel.call("detach", rank, instance, timeout_s=CALL_TIMEOUT_S):
+            self._channel.end()
+
+    def session(self) -> str:
+        """Identifies this life of the group."""
+        return cast("str", self._channel.call("session", timeout_s=CALL_TIMEOUT_S))
+
+    def manifests(self, timeout_s: float) -> list[bytes]:
+        """Every trainer rank's manifest."""
+        return cast("list[bytes]", self._channel.call("manifests", timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S))
+
+    def ask(self, kind: str, payloads: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
+        """Have trainer ranks do something and return their answers."""
+        return cast(
+            "dict[int, Any]",
+            self._channel.call("ask", kind, dict(payloads), timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S),
+        )
+
+    def wait_published(self, version: int, timeout_s: float) -> None:
+        """Until every trainer rank has published ``version``."""
+        self._channel.call("wait_published", version, timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S)
+
+    def check_version(self, version: int) -> None:
+        """Whether every trainer rank holds ``version`` now."""
+        self._channel.call("check_version", version, timeout_s=CALL_TIMEOUT_S)
+
+    def join(self, engine: str, rank: int, info: dict[str, Any]) -> None:
+        """An engine rank is connected."""
+        self._channel.call("join", engine, rank, info, timeout_s=CALL_TIMEOUT_S)
+
+    def leave(self, engine: str, rank: int) -> None:
+        """An engine rank disconnects."""
+        self._channel.call("leave", engine, rank, timeout_s=CALL_TIMEOUT_S)
+
+    def report_prepared(self, engine: str, rank: int, attempt: str, outcome: Outcome) -> None:
+        """How an engine rank's read ended."""
+        self._channel.call("report_prepared", engine, rank, attempt, outcome, timeout_s=CALL_TIMEOUT_S)
+
+    def wait_prepared(
+        self, attempt: str, members: Sequence[tuple[str, int]], timeout_s: float
+    ) -> dict[tuple[str, int], Outcome]:
+        """The outcome of every member."""
+        return cast(
+            "dict[tuple[str, int], Outcome]",
+            self._channel.call(
+                "wait_prepared", attempt, list(members), timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S
+            ),
+        )
+
+    def status(self) -> dict[str, Any]:
+        """Plain values about the group."""
+        return cast("dict[str, Any]", self._channel.call("status", timeout_s=CALL_TIMEOUT_S))

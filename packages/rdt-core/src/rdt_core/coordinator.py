@@ -1,0 +1,291 @@
+"""The one place where a sync group's metadata meets. No weight byte passes through it.
+
+One named Ray actor a group runs this class; every method is a coroutine on its single event loop, so state
+changes need no locks. Trainer ranks attach, publish and fetch tasks; engine ranks join, ask trainer ranks
+for exports and report; the driver waits for them. Whoever waits gives a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+import uuid
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rdt_core.errors import (
+    ConfigError,
+    DeadlineError,
+    GroupInUseError,
+    MissingTrainerRankError,
+    NotPublishedError,
+    RdtError,
+    StaleVersionError,
+    SupersededError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+POLL_S = 2.0
+"""How long a trainer rank's request for tasks is held open; it doubles as its sign of life."""
+
+SILENT_S = 10.0
+"""A trainer rank that has given no sign of life for this long counts as gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerTask:
+    """Something a trainer rank's service thread is asked to do.
+
+    Args:
+        number: identifies the answer.
+        kind: ``"export"`` (payload: transport name and byte ranges) or ``"digest"`` (payload: dtype by
+            tensor).
+        payload: plain values.
+    """
+
+    number: int
+    kind: str
+    payload: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a task, or of one engine rank's prepare: a value or an error."""
+
+    value: Any = None
+    error: RdtError | None = None
+
+
+@dataclass(slots=True)
+class _Trainer:
+    instance: str
+    manifest: bytes
+    last_seen: float
+    version: int = 0
+    tasks: deque[TrainerTask] = field(default_factory=deque)
+
+
+class Coordinator:
+    """State of one sync group. Every method may raise an :class:`RdtError`, which reaches the caller.
+
+    Args:
+        group: the group's name, for messages.
+    """
+
+    def __init__(self, group: str) -> None:
+        self._group = group
+        self._session = uuid.uuid4().hex
+        self._world_size = 0
+        self._trainers: dict[int, _Trainer] = {}
+        self._engines: dict[tuple[str, int], dict[str, Any]] = {}
+        self._prepared: dict[tuple[str, int], tuple[str, Outcome]] = {}
+        self._outcomes: dict[int, Outcome] = {}
+        self._open_tasks: set[int] = set()
+        self._numbers = itertools.count(1)
+        self._changed = asyncio.Condition()
+
+    async def attach(self, rank: int, world_size: int, instance: str, manifest: bytes) -> int:
+        """A trainer rank offers its manifest. Returns the last version this rank published, 0 if none.
+
+        A rank whose earlier process fell silent is replaced; one that is alive is not.
+        """
+        known = self._trainers.get(rank)
+        if known is not None and known.instance != instance:
+            await self._wait_until_silent_or_alive(rank, known)
+        if self._world_size not in (0, world_size) and self._live_ranks() - {rank}:
+            raise ConfigError(
+                f"trainer rank {rank} says the group has {world_size} ranks, others said {self._world_size}. "
+                "Attach every rank with the same world size."
+            )
+        self._world_size = world_size
+        last = known.version if known else 0
+        self._trainers[rank] = _Trainer(instance, manifest, time.monotonic(), last)
+        await self._notify()
+        return last
+
+    async def _wait_until_silent_or_alive(self, rank: int, known: _Trainer) -> None:
+        seen = known.last_seen
+        while not self._is_silent(known):
+            if known.last_seen > seen:
+                raise GroupInUseError(self._group, rank)
+            await self._wait(lambda: known.last_seen > seen or self._is_silent(known), POLL_S)
+
+    async def next_tasks(self, rank: int, instance: str) -> list[TrainerTask]:
+        """Tasks for a trainer rank; held open for ``POLL_S``, then empty.
+
+        Called in a loop by the rank's service thread, also as its sign of life.
+        """
+        trainer = self._trainer(rank, instance)
+        trainer.last_seen = time.monotonic()
+        await self._notify()
+        await self._wait(lambda: bool(trainer.tasks), POLL_S)
+        trainer.last_seen = time.monotonic()
+        tasks = list(trainer.tasks)
+        trainer.tasks.clear()
+        return tasks
+
+    async def answer(self, number: int, outcome: Outcome) -> None:
+        """A trainer rank's answer to a task; dropped when nobody waits for it any more."""
+        if number in self._open_tasks:
+            self._outcomes[number] = outcome
+            await self._notify()
+
+    async def publish(self, rank: int, instance: str, version: int) -> None:
+        """A trainer rank's memory now holds ``version``."""
+        trainer = self._trainer(rank, instance)
+        if version <= trainer.version:
+            raise StaleVersionError(version, trainer.version, "published")
+        trainer.version = version
+        trainer.last_seen = time.monotonic()
+        await self._notify()
+
+    async def detach(self, rank: int, instance: str) -> bool:
+        """A trainer rank leaves. Returns whether the group is now empty of trainers."""
+        trainer = self._trainers.get(rank)
+        if trainer is not None and trainer.instance == instance:
+            del self._trainers[rank]
+            await self._notify()
+        return not self._live_ranks()
+
+    async def session(self) -> str:
+        """Identifies this life of the group: versions are compared within one session only."""
+        return self._session
+
+    async def manifests(self, timeout_s: float) -> list[bytes]:
+        """Every trainer rank's manifest, waiting for ranks that have not attached yet."""
+        complete = await self._wait(lambda: self._world_size > 0 and not self._missing(), timeout_s)
+        if not complete:
+            raise MissingTrainerRankError(self._group, self._missing(), self._world_size, timeout_s)
+        return [trainer.manifest for _, trainer in sorted(self._trainers.items())]
+
+    async def ask(self, kind: str, payloads: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
+        """Give tasks to trainer ranks and return their answers by rank."""
+        gone = tuple(sorted(set(payloads) - self._live_ranks()))
+        if gone:
+            raise MissingTrainerRankError(self._group, gone, self._world_size, 0.0)
+        numbers = {rank: next(self._numbers) for rank in payloads}
+        self._open_tasks.update(numbers.values())
+        for rank, payload in payloads.items():
+            self._trainers[rank].tasks.append(TrainerTask(numbers[rank], kind, payload))
+        await self._notify()
+
+        def unanswered() -> set[int]:
+            return {rank for rank, number in numbers.items() if number not in self._outcomes}
+
+        await self._wait(lambda: not unanswered() or bool(unanswered() - self._live_ranks()), timeout_s)
+        late = tuple(sorted(unanswered()))
+        self._open_tasks.difference_update(numbers.values())
+        outcomes = {rank: self._outcomes.pop(n) for rank, n in numbers.items() if n in self._outcomes}
+        if late:
+            raise MissingTrainerRankError(self._group, late, self._world_size, timeout_s)
+        for outcome in outcomes.values():
+            if outcome.error is not None:
+                raise outcome.error
+        return {rank: outcome.value for rank, outcome in outcomes.items()}
+
+    async def wait_published(self, version: int, timeout_s: float) -> None:
+        """Until every trainer rank has published exactly ``version``."""
+        await self._wait(lambda: not self._behind(version), timeout_s)
+        await self.check_version(version, timeout_s)
+
+    async def check_version(self, version: int, waited_s: float = 0.0) -> None:
+        """Whether every trainer rank holds ``version`` now. Called before and after every read."""
+        ahead = max((trainer.version for trainer in self._trainers.values()), default=0)
+        if ahead > version:
+            raise SupersededError(version, ahead)
+        behind = self._behind(version)
+        if behind:
+            raise NotPublishedError(version, behind, waited_s)
+
+    async def join(self, engine: str, rank: int, info: dict[str, Any]) -> None:
+        """An engine rank is connected. ``info`` is shown by :meth:`status`."""
+        self._engines[engine, rank] = info
+        self._prepared.pop((engine, rank), None)
+        await self._notify()
+
+    async def leave(self, engine: str, rank: int) -> None:
+        """An engine rank disconnects."""
+        self._engines.pop((engine, rank), None)
+        self._prepared.pop((engine, rank), None)
+        await self._notify()
+
+    async def report_prepared(self, engine: str, rank: int, attempt: str, outcome: Outcome) -> None:
+        """How an engine rank's read ended. ``attempt`` is the name the driver gave to this try of a version."""
+        self._prepared[engine, rank] = (attempt, outcome)
+        await self._notify()
+
+    async def wait_prepared(
+        self, attempt: str, members: Sequence[tuple[str, int]], timeout_s: float
+    ) -> dict[tuple[str, int], Outcome]:
+        """The outcome of every member, or of those there are once one has failed."""
+
+        def outcomes() -> dict[tuple[str, int], Outcome]:
+            found = ((member, self._prepared.get(member)) for member in members)
+            return {member: entry[1] for member, entry in found if entry and entry[0] == attempt}
+
+        def is_decided() -> bool:
+            ended = outcomes()
+            return len(ended) == len(members) or any(outcome.error for outcome in ended.values())
+
+        if not await self._wait(is_decided, timeout_s):
+            silent = sorted(set(members) - set(outcomes()))
+            raise DeadlineError(
+                f"the read {attempt} of {silent}", timeout_s, "Look into those engines' logs."
+            )
+        return outcomes()
+
+    async def status(self) -> dict[str, Any]:
+        """Plain values about trainers and engines, for people and tools."""
+        now = time.monotonic()
+        return {
+            "group": self._group,
+            "world_size": self._world_size,
+            "trainers": {
+                rank: {"version": t.version, "silent_s": round(now - t.last_seen, 3), "alive": not self._is_silent(t)}
+                for rank, t in sorted(self._trainers.items())
+            },
+            "engines": [
+                {"engine": engine, "rank": rank, **info} for (engine, rank), info in sorted(self._engines.items())
+            ],
+        }
+
+    def _trainer(self, rank: int, instance: str) -> _Trainer:
+        trainer = self._trainers.get(rank)
+        if trainer is None or trainer.instance != instance:
+            raise GroupInUseError(self._group, rank)
+        return trainer
+
+    def _is_silent(self, trainer: _Trainer) -> bool:
+        return time.monotonic() - trainer.last_seen > SILENT_S
+
+    def _live_ranks(self) -> set[int]:
+        return {rank for rank, trainer in self._trainers.items() if not self._is_silent(trainer)}
+
+    def _missing(self) -> tuple[int, ...]:
+        return tuple(sorted(set(range(self._world_size)) - self._live_ranks()))
+
+    def _behind(self, version: int) -> tuple[int, ...]:
+        held = {rank: trainer.version for rank, trainer in self._trainers.items()}
+        return tuple(rank for rank in range(self._world_size) if held.get(rank, 0) < version)
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _wait(self, is_true: Callable[[], bool], timeout_s: float) -> bool:
+        """Until the condition holds or time runs out; looks again at least every second, for silence."""
+        deadline = time.monotonic() + timeout_s
+        async with self._changed:
+            while not is_true():
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                try:
+                    await asyncio.wait_for(self._changed.wait(), min(left, 1.0))
+                except TimeoutError:
+                    continue
+        return True

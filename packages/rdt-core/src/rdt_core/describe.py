@@ -1,0 +1,109 @@
+"""From live tensors to a manifest and the windows behind it; the same for every exporter."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from rdt_core.manifest import Manifest, Shard, TensorSpec, Window
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rdt_core.local_shards import LocalShard, LocalShards
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A trainer rank's manifest and, by window name, flat uint8 views of the live memory."""
+
+    manifest: Manifest
+    windows: Mapping[str, torch.Tensor]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.bfloat16`` -> ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def node_name() -> str:
+    """Identifies this host to the planner."""
+    return socket.gethostname()
+
+
+def span_bytes(data: torch.Tensor) -> tuple[int, int]:
+    """Half-open byte range that ``data`` touches in its storage."""
+    itemsize = data.element_size()
+    start = data.storage_offset() * itemsize
+    last = sum((size - 1) * stride for size, stride in zip(data.shape, data.stride(), strict=True))
+    return start, start + (last + 1) * itemsize if data.numel() else start
+
+
+def flat_bytes(data: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Bytes ``[start, stop)`` of the storage behind ``data`` as a live one-dimensional uint8 tensor."""
+    out = torch.empty(0, dtype=torch.uint8, device=data.device)
+    out.set_(data.untyped_storage(), start, (stop - start,), (1,))  # type: ignore[call-overload]  # untyped overload
+    return out
+
+
+def typed_view(
+    flat: torch.Tensor, dtype: str, shape: Sequence[int], offset_bytes: int, stride_bytes: Sequence[int]
+) -> torch.Tensor:
+    """A strided view of a flat uint8 tensor in another dtype. Offsets and strides in bytes of ``flat``."""
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    itemsize = torch_dtype.itemsize
+    usable = flat[: flat.numel() // itemsize * itemsize].view(torch_dtype)
+    base = usable.storage_offset() + offset_bytes // itemsize
+    return usable.as_strided(tuple(shape), tuple(s // itemsize for s in stride_bytes), base)
+
+
+def describe_trainer(local: LocalShards) -> Described:
+    """The manifest of one trainer rank. No collective, no copy; linear in the number of shards."""
+    groups: dict[int, list[LocalShard]] = {}
+    for shard in local.shards:
+        groups.setdefault(shard.data.untyped_storage().data_ptr(), []).append(shard)
+    windows: dict[str, torch.Tensor] = {}
+    shards: list[Shard] = []
+    for members in groups.values():
+        spans = [span_bytes(shard.data) for shard in members]
+        start, stop = min(a for a, _ in spans), max(b for _, b in spans)
+        # Rounding down keeps every dtype's elements aligned to the window's first byte.
+        start -= start % 16
+        name = members[0].owner
+        windows[name] = flat_bytes(members[0].data, start, stop)
+        shards += [
+            _shard_in(name, shard, first - start) for shard, (first, _) in zip(members, spans, strict=True)
+        ]
+    return Described(
+        Manifest(
+            side="trainer",
+            rank=local.rank,
+            world_size=local.world_size,
+            node=node_name(),
+            device=str(local.shards[0].data.device) if local.shards else "cpu",
+            windows={name: Window(name, flat.numel()) for name, flat in windows.items()},
+            tensors={shard.spec.name: shard.spec for shard in local.shards},
+            shards=tuple(shards),
+        ),
+        windows,
+    )
+
+
+def _shard_in(window: str, shard: LocalShard, offset_bytes: int) -> Shard:
+    itemsize = shard.data.element_size()
+    return Shard(
+        tensor=shard.spec.name,
+        region=shard.region,
+        window=window,
+        offset_bytes=offset_bytes,
+        stride_bytes=tuple(stride * itemsize for stride in shard.data.stride()),
+        dtype=dtype_name(shard.data.dtype),
+    )
+
+
+def whole_spec(name: str, data: torch.Tensor) -> TensorSpec:
+    """The spec of a tensor that is held whole."""
+    return TensorSpec(name, tuple(data.shape), dtype_name(data.dtype))

@@ -1,0 +1,150 @@
+"""The HTTP control routes that every engine adapter adds to its server, ``/rdt/*``.
+
+Bodies are JSON of plain values, bounded in size; answers carry our typed errors in their wire form. No
+weight byte, no address of memory and no token passes here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastapi import APIRouter, Depends, HTTPException, Request
+from fastapi.responses import JSONResponse
+
+from rdt_core.errors import (
+    CoordinatorLostError,
+    NotConnectedError,
+    RdtError,
+    UnknownGroupError,
+    VersionError,
+    WireFormatError,
+    from_wire,
+    to_wire,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+MAX_BODY_BYTES = 64 * 1024
+_STATUS_OF_ERROR = (
+    (WireFormatError, 400),
+    (UnknownGroupError, 404),
+    (NotConnectedError, 409),
+    (VersionError, 409),
+    (CoordinatorLostError, 503),
+)
+
+
+class EngineBackend(Protocol):
+    """How the routes reach the workers of one engine server. Each adapter implements it.
+
+    Attributes:
+        engine: make and version, ``"vllm 0.32.0"``.
+        world_size: number of worker ranks.
+    """
+
+    engine: str
+    world_size: int
+
+    async def call(self, method: str, payload: dict[str, Any]) -> list[dict[str, Any]]:
+        """Run :func:`rdt_core.engine_rpc.call` on every worker rank, between steps of the model.
+
+        Returns:
+            One answer a rank, each with ``ok`` and ``result`` or ``error``.
+        """
+
+    async def commit(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Commit on every rank at one point of the schedule, and label what is generated after it.
+
+        Args:
+            payload: ``version``, and ``kv_cache``: ``"recompute"`` or ``"keep"``.
+
+        Returns:
+            ``{"ranks": [one answer a rank], "stall_s": seconds that generation was held}``.
+        """
+
+
+def make_router(backend_of: Callable[[Request], EngineBackend], api_keys: Sequence[str]) -> APIRouter:
+    """Routes ``/rdt/connect|prepare|commit|abort|disconnect|digest`` (POST) and ``/rdt/status`` (GET).
+
+    Args:
+        backend_of: finds the backend of the server that got a request.
+        api_keys: any of them must be sent as a bearer token; none leaves the routes open.
+    """
+    router = APIRouter(prefix="/rdt", dependencies=[Depends(key_guard(api_keys))])
+
+    for method in ("connect", "prepare", "abort", "disconnect", "digest"):
+        router.add_api_route(f"/{method}", _forward(backend_of, method), methods=["POST"])
+
+    @router.post("/commit")
+    async def commit(request: Request) -> JSONResponse:
+        payload = await _body(request)
+        if payload.get("kv_cache", "recompute") not in ("recompute", "keep"):
+            raise HTTPException(400, "kv_cache must be 'recompute' or 'keep'")
+        done = await backend_of(request).commit(payload)
+        return _answer(done["ranks"], stall_s=done["stall_s"])
+
+    @router.get("/status")
+    async def status(request: Request) -> JSONResponse:
+        backend = backend_of(request)
+        return _answer(await backend.call("status", {}), engine=backend.engine, world_size=backend.world_size)
+
+    return router
+
+
+def key_guard(api_keys: Sequence[str]) -> Callable[[Request], None]:
+    """A FastAPI dependency that answers 401 unless one of the keys is sent as a bearer token."""
+    digests = [hashlib.sha256(key.encode()).digest() for key in api_keys if key]
+
+    def check(request: Request) -> None:
+        if not digests:
+            return
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        sent = hashlib.sha256(token.encode()).digest()
+        # Compare with all, so that time tells nothing about which one matched.
+        matches = [secrets.compare_digest(sent, digest) for digest in digests]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise HTTPException(401, "send the server's API key as 'Authorization: Bearer KEY'")
+
+    return check
+
+
+def _forward(backend_of: Callable[[Request], EngineBackend], method: str) -> Callable[[Request], Any]:
+    async def forward(request: Request) -> JSONResponse:
+        return _answer(await backend_of(request).call(method, await _body(request)))
+
+    # FastAPI resolves the annotation in this module's globals, where Request is imported.
+    forward.__name__ = method
+    return forward
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    raw = b""
+    async for chunk in request.stream():
+        raw += chunk
+        if len(raw) > MAX_BODY_BYTES:
+            raise HTTPException(413, f"a control request is at most {MAX_BODY_BYTES} bytes")
+    if not raw:
+        return {}
+    try:
+        body = json.loads(raw)
+    except ValueError:
+        raise HTTPException(400, "the body must be a JSON object") from None
+    if not isinstance(body, dict):
+        raise HTTPException(400, "the body must be a JSON object")
+    return body
+
+
+def _answer(ranks: list[dict[str, Any]], **more: Any) -> JSONResponse:
+    errors = [answer["error"] for answer in ranks if not answer.get("ok")]
+    if not errors:
+        return JSONResponse({"ranks": [answer["result"] for answer in ranks], **more})
+    error = from_wire(errors[0])
+    return JSONResponse({"error": to_wire(error), "num_failed_ranks": len(errors)}, status_code=_status_of(error))
+
+
+def _status_of(error: RdtError) -> int:
+    return next((status for kind, status in _STATUS_OF_ERROR if isinstance(error, kind)), 500)

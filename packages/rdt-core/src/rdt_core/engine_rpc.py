@@ -1,0 +1,142 @@
+"""The border between an engine's control plane and its workers' subscribers: plain values only.
+
+Both engines carry calls to their workers by their own means (vLLM's ``collective_rpc``, SGLang's scheduler
+messages). What is carried is a method name and a dict; what comes back is a dict that JSON and msgpack can
+hold, whether the call succeeded or not.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
+
+from rdt_core.errors import RdtError, WireFormatError, to_wire
+from rdt_core.subscriber import ConnectRequest, WeightSubscriber
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+logger = logging.getLogger(__name__)
+
+
+def call(subscriber: WeightSubscriber, method: str, payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Run one control method on a worker's subscriber. Called in the thread that runs the model.
+
+    Args:
+        subscriber: of this worker.
+        method: ``connect``, ``prepare``, ``commit``, ``abort``, ``disconnect``, ``digest`` or ``status``.
+        payload: the method's arguments, as they came over the engine's own channel.
+
+    Returns:
+        ``{"ok": True, "result": ...}`` or ``{"ok": False, "error": ...}`` with the error's wire form. Never
+        raises for bad input or a failed sync, so that an engine's worker loop is not disturbed.
+    """
+    try:
+        if method not in _METHODS:
+            raise WireFormatError("control method", f"unknown method {method!r}")
+        return {"ok": True, "result": _METHODS[method](subscriber, payload)}
+    except RdtError as error:
+        return {"ok": False, "error": to_wire(error)}
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        # An engine must outlive whatever its loader or torch raises here; the log keeps the trace.
+        logger.exception("weight sync: %s failed", method)
+        return {"ok": False, "error": to_wire(RdtError(f"{method} failed: {type(error).__name__}: {error}"))}
+
+
+def parse_connect(payload: Mapping[str, Any]) -> ConnectRequest:
+    """A checked connect request.
+
+    Raises:
+        WireFormatError: a field is unknown, missing or of the wrong type.
+    """
+    known = {f.name: f for f in fields(ConnectRequest)}
+    unknown = set(payload) - set(known)
+    if unknown:
+        raise WireFormatError("connect request", f"unknown fields {sorted(unknown)}")
+    for name in ("group", "engine", "ray_address", "ray_auth_mode", "transport"):
+        if name in payload and not isinstance(payload[name], str):
+            raise WireFormatError("connect request", f"{name} must be a string")
+    for name in ("group", "engine"):
+        if not payload.get(name):
+            raise WireFormatError("connect request", f"{name} is missing")
+    return ConnectRequest(**{**payload, "timeout_s": parse_timeout(payload)})
+
+
+def parse_version(payload: Mapping[str, Any]) -> int:
+    """The version named in a request.
+
+    Raises:
+        WireFormatError: missing, or not a positive integer.
+    """
+    version = payload.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise WireFormatError("request", f"version must be a positive integer, got {version!r}")
+    return version
+
+
+def parse_timeout(payload: Mapping[str, Any]) -> float:
+    """The deadline named in a request, in seconds; 60 when there is none.
+
+    Raises:
+        WireFormatError: not a number between 0 and a day.
+    """
+    timeout_s = payload.get("timeout_s", 60.0)
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s <= 86_400:  # noqa: PLR2004  a day
+        raise WireFormatError("request", f"timeout_s must be seconds, more than 0, got {timeout_s!r}")
+    return float(timeout_s)
+
+
+def _connect(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:
+    return subscriber.connect(parse_connect(payload))
+
+
+def _prepare(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:
+    version, timeout_s = parse_version(payload), parse_timeout(payload)
+    attempt = payload.get("attempt")
+    if attempt is None:
+        return subscriber.prepare(version, timeout_s=timeout_s)
+    subscriber.start_prepare(version, str(attempt), timeout_s=timeout_s)
+    return {"version": version, "attempt": str(attempt)}
+
+
+def _commit(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:
+    return subscriber.commit(parse_version(payload))
+
+
+def _abort(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:
+    del payload
+    subscriber.abort()
+    return subscriber.status()
+
+
+def _disconnect(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:
+    del payload
+    subscriber.disconnect()
+    return subscriber.status()
+
+
+def _digest(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:
+    del payload
+    return {
+        "version": subscriber.version,
+        "rank": subscriber.status()["rank"],
+        "unverified": subscriber.unverified(),
+        "digests": [asdict(digest) for digest in subscriber.digests()],
+    }
+
+
+def _status(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:
+    del payload
+    return subscriber.status()
+
+
+_METHODS: dict[str, Callable[[WeightSubscriber, Mapping[str, Any]], dict[str, Any]]] = {
+    "abort": _abort,
+    "commit": _commit,
+    "connect": _connect,
+    "digest": _digest,
+    "disconnect": _disconnect,
+    "prepare": _prepare,
+    "status": _status,
+}

@@ -1,0 +1,127 @@
+"""The memory that a version lands in, and the copies from there into the engine's parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from rdt_core.describe import typed_view
+from rdt_core.dtypes import itemsize_bytes
+from rdt_core.layout import row_major_strides
+from rdt_core.manifest import Manifest, Shard, Window
+from rdt_core.region import Region
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rdt_core.manifest import TensorSpec
+    from rdt_core.plan import Plan, Read
+    from rdt_core.recording import Recording
+
+RELOAD_PREFIX = "reload:"
+"""Window names of checkpoint-layout buffers, which no parameter's name can begin with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """What one engine rank prepares once, at connect, and uses at every version.
+
+    Args:
+        buffer: flat uint8 memory that the reads fill.
+        reload_buffers: whole checkpoint tensors for the engine's own loader, by name.
+        to_reload: (target, source) views, from the buffer into the reload buffers.
+        to_parameters: (target, source) views, from the buffer into live parameters.
+    """
+
+    buffer: torch.Tensor
+    reload_buffers: Mapping[str, torch.Tensor]
+    to_reload: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    to_parameters: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held by the landing."""
+        return self.buffer.numel() + sum(t.numel() * t.element_size() for t in self.reload_buffers.values())
+
+    def targets(self, reads: Sequence[Read]) -> list[torch.Tensor]:
+        """Where a trainer rank's reads land, as flat uint8 views of the buffer."""
+        return [self.buffer[r.landing_offset_bytes : r.landing_offset_bytes + r.nbytes] for r in reads]
+
+    def fill_reload_buffers(self) -> None:
+        """Assemble the tensors for the engine's loader. Touches no parameter."""
+        _copy_all(self.to_reload)
+
+    def fill_parameters(self) -> None:
+        """Copy every region into its parameter. The only place that writes an engine's weights by reads."""
+        _copy_all(self.to_parameters)
+
+
+def engine_manifest(
+    recording: Recording, specs: Mapping[str, TensorSpec], *, rank: int, world_size: int, node: str, device: str
+) -> Manifest:
+    """What an engine rank wants filled: parameter regions, and whole tensors for the reload path."""
+    reload_shards = tuple(_reload_shard(specs[name]) for name in sorted(recording.reload))
+    windows = {name: Window(name, flat.numel()) for name, flat in recording.windows.items()}
+    windows |= {shard.window: Window(shard.window, shard.nbytes) for shard in reload_shards}
+    shards = recording.shards + reload_shards
+    return Manifest(
+        side="engine",
+        rank=rank,
+        world_size=world_size,
+        node=node,
+        device=device,
+        windows=windows,
+        tensors={shard.tensor: specs[shard.tensor] for shard in shards},
+        shards=shards,
+    )
+
+
+def make_landing(
+    plan: Plan, recording: Recording, specs: Mapping[str, TensorSpec], device: torch.device
+) -> Landing:
+    """Allocate the landing memory and every view that a sync will use. Called once, at connect."""
+    # Zeroed so that its pages exist before the first version is read.
+    buffer = torch.zeros(plan.landing_nbytes, dtype=torch.uint8, device=device)
+    reload_buffers = {
+        name: torch.empty(specs[name].shape, dtype=getattr(torch, specs[name].dtype), device=device)
+        for name in recording.reload
+    }
+    windows = dict(recording.windows)
+    windows |= {RELOAD_PREFIX + name: t.view(-1).view(torch.uint8) for name, t in reload_buffers.items()}
+    to_reload, to_parameters = [], []
+    for copy in plan.copies:
+        shape = copy.region.shape
+        target = typed_view(
+            windows[copy.window], copy.target_dtype, shape, copy.target_offset_bytes, copy.target_stride_bytes
+        )
+        source = typed_view(
+            buffer, copy.source_dtype, shape, copy.landing_offset_bytes, copy.landing_stride_bytes
+        )
+        chosen = to_reload if copy.window.startswith(RELOAD_PREFIX) else to_parameters
+        chosen.append((target, source))
+    return Landing(buffer, reload_buffers, tuple(to_reload), tuple(to_parameters))
+
+
+def _reload_shard(spec: TensorSpec) -> Shard:
+    return Shard(
+        tensor=spec.name,
+        region=Region.whole(spec.shape),
+        window=RELOAD_PREFIX + spec.name,
+        offset_bytes=0,
+        stride_bytes=row_major_strides(spec.shape, itemsize_bytes(spec.dtype)),
+        dtype=spec.dtype,
+    )
+
+
+def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    if not pairs:
+        return
+    with torch.no_grad():
+        if pairs[0][0].device.type == "cpu":
+            # On CPU the foreach form falls back to something 30 times slower than tensor by tensor.
+            for target, source in pairs:
+                target.copy_(source)
+        else:
+            torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])

@@ -1,0 +1,223 @@
+"""The trainer's half of weight sync: offers live parameters and says when they hold a version."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rdt_core import ray_session
+from rdt_core.client import CoordinatorClient, RayChannel
+from rdt_core.coordinator import Outcome, TrainerTask
+from rdt_core.describe import describe_trainer
+from rdt_core.digest import RegionDigest, digest_region
+from rdt_core.errors import (
+    ClosedError,
+    CoordinatorLostError,
+    DeadlineError,
+    GroupInUseError,
+    InvalidVersionError,
+    RdtError,
+    StaleVersionError,
+    WindowMovedError,
+    WireFormatError,
+)
+from rdt_core.transports import make_transport
+from rdt_core.wire import manifest_to_bytes
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from rdt_core.client import Channel
+    from rdt_core.local_shards import LocalShard, LocalShards
+    from rdt_core.transports.base import Export, Transport
+
+logger = logging.getLogger(__name__)
+
+_JOIN_TIMEOUT_S = 15.0
+
+
+class WeightPublisher:
+    """One trainer rank's part in a sync group. Make one with :meth:`attach` in every rank.
+
+    The memory that the optimizer writes is the memory that engines read: nothing is copied, and a version
+    is readable from :meth:`publish` until the trainer writes again. A service thread answers engines that
+    connect; it sleeps otherwise.
+    """
+
+    def __init__(self, client: CoordinatorClient, local: LocalShards) -> None:
+        self._client = client
+        self._local = local
+        self._described = describe_trainer(local)
+        self._addresses = tuple(shard.data.data_ptr() for shard in local.shards)
+        self._instance = uuid.uuid4().hex
+        self._transports: dict[str, Transport] = {}
+        self._exports: dict[str, Export] = {}
+        self._is_closed = threading.Event()
+        self._version = client.attach(
+            local.rank, local.world_size, self._instance, manifest_to_bytes(self._described.manifest)
+        )
+        self._thread = threading.Thread(target=self._serve, name=f"rdt-publisher-{local.rank}", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def attach(cls, group: str, local: LocalShards, *, channel: Channel | None = None) -> WeightPublisher:
+        """Offer this rank's parameters to a sync group.
+
+        Called once in every trainer rank, in any order, after the model has its final memory (after
+        ``fully_shard``, after the optimizer was made). Takes no collective; blocks for a second or two on
+        first use while it joins Ray.
+
+        Args:
+            group: name of the sync group; the same in every rank, unique in the Ray cluster.
+            local: what an exporter found, for instance ``rdt_megatron.fsdp_shards(model)``.
+            channel: how to reach the coordinator; by default a named Ray actor, made if there is none.
+
+        Raises:
+            NoRayClusterError: there is no Ray cluster to join.
+            RayAuthError: the cluster wants another token.
+            GroupInUseError: another live process has attached this rank under this name.
+            UnsupportedLayoutError: a parameter cannot be described.
+        """
+        if channel is None:
+            ray_session.join()
+            channel = RayChannel.create(group)
+        publisher = cls(CoordinatorClient(channel), local)
+        logger.info(
+            "trainer rank %d of %d attached to sync group %s: %d shards, %d bytes",
+            local.rank, local.world_size, group, len(local.shards), publisher.nbytes,
+        )
+        return publisher
+
+    @property
+    def version(self) -> int:
+        """The last version published by this rank; 0 before the first."""
+        return self._version
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this rank holds."""
+        return self._described.manifest.nbytes
+
+    def publish(self, version: int) -> None:
+        """Say that this rank's parameters now hold ``version``, and may be read until they are next written.
+
+        Called in every trainer rank after ``optimizer.step()``. Waits for this device's pending work and
+        for one call to the coordinator (about a millisecond); takes no collective.
+
+        Args:
+            version: greater than every version before; the step count will do.
+
+        Raises:
+            InvalidVersionError: not a positive integer.
+            StaleVersionError: not greater than the last one.
+            WindowMovedError: a parameter was re-allocated since ``attach``.
+            ClosedError: the publisher was closed.
+            CoordinatorLostError: the group's coordinator ended.
+        """
+        if self._is_closed.is_set():
+            raise ClosedError("publisher")
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise InvalidVersionError(version)
+        if version <= self._version:
+            raise StaleVersionError(version, self._version, "published")
+        self._check_addresses()
+        if self._described.manifest.device.startswith("cuda"):
+            torch.cuda.synchronize(self._described.manifest.device)
+        self._client.publish(self._local.rank, self._instance, version)
+        self._version = version
+
+    def close(self) -> None:
+        """Leave the group. Idempotent; engines keep serving what they committed."""
+        if self._is_closed.is_set():
+            return
+        self._is_closed.set()
+        self._thread.join(_JOIN_TIMEOUT_S)
+        for export in self._exports.values():
+            export.close()
+        self._exports.clear()
+        try:
+            self._client.detach(self._local.rank, self._instance)
+        except (CoordinatorLostError, DeadlineError) as error:
+            logger.debug("left a group whose coordinator is gone: %s", error)
+
+    def __enter__(self) -> WeightPublisher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_addresses(self) -> None:
+        for shard, before, now in zip(self._local.shards, self._addresses, self._local.locate(), strict=True):
+            if before != now:
+                raise WindowMovedError(shard.owner, self._local.rank)
+
+    def _serve(self) -> None:
+        """Body of the service thread: fetch tasks and answer them until the publisher is closed."""
+        while not self._is_closed.is_set():
+            try:
+                for task in self._client.next_tasks(self._local.rank, self._instance):
+                    self._client.answer(task.number, self._carry_out(task))
+            except (CoordinatorLostError, GroupInUseError) as error:
+                if not self._is_closed.is_set():
+                    logger.warning("trainer rank %d stops serving engines: %s", self._local.rank, error)
+                return
+            except DeadlineError as error:
+                logger.warning("trainer rank %d cannot reach the coordinator: %s", self._local.rank, error)
+
+    def _carry_out(self, task: TrainerTask) -> Outcome:
+        try:
+            if task.kind == "export":
+                return Outcome(self._export(task.payload))
+            if task.kind == "digest":
+                return Outcome(self._digest(task.payload))
+        except RdtError as error:
+            return Outcome(error=error)
+        except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
+            # Whatever torch, ray or the transport library says reaches the engine that asked, as text.
+            return Outcome(error=RdtError(f"trainer rank {self._local.rank}: {type(error).__name__}: {error}"))
+        return Outcome(error=WireFormatError("trainer task", f"unknown kind {task.kind!r}"))
+
+    def _export(self, payload: dict[str, Any]) -> object:
+        """Offer byte ranges to one engine rank; a later request of the same reader replaces the earlier."""
+        reader = str(payload["reader"])
+        previous = self._exports.pop(reader, None)
+        if previous is not None:
+            previous.close()
+        if not payload["ranges"]:
+            return None
+        name = str(payload["transport"])
+        if name not in self._transports:
+            self._transports[name] = make_transport(name)
+        views = [
+            self._described.windows[window][offset : offset + nbytes]
+            for window, offset, nbytes in payload["ranges"]
+        ]
+        export = self._transports[name].export(views)
+        self._exports[reader] = export
+        return export.ticket
+
+    def _digest(self, dtypes: dict[str, str]) -> list[RegionDigest]:
+        """Digest every local shard of the given tensors, in the dtype the engine holds them in."""
+        with torch.no_grad():
+            return [
+                _digest_shard(shard, dtypes[shard.spec.name])
+                for shard in self._local.shards
+                if shard.spec.name in dtypes
+            ]
+
+
+def _digest_shard(shard: LocalShard, dtype: str) -> RegionDigest:
+    data = shard.data.detach().to(getattr(torch, dtype))
+    return RegionDigest(
+        tensor=shard.spec.name,
+        start=shard.region.start,
+        stop=shard.region.stop,
+        dtype=dtype,
+        digest=digest_region(data, shard.region, shard.spec.shape),
+    )

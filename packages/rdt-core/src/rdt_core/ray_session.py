@@ -1,0 +1,109 @@
+"""Joining the Ray cluster that trainer, driver and engines share."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from rdt_core.errors import NoRayClusterError, RayAuthError, TransportUnavailableError
+
+NAMESPACE = "rdt"
+_PROBE_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class RayAddress:
+    """How to join a cluster; what a driver tells an engine. Never a token.
+
+    Args:
+        address: ``host:port`` of the cluster's GCS, or ``"auto"`` for the one on this host.
+        auth_mode: the driver's ``RAY_AUTH_MODE``, or empty when it has none.
+    """
+
+    address: str
+    auth_mode: str = ""
+
+
+def current_address() -> RayAddress:
+    """Where this process, which has joined, can tell others to join.
+
+    Raises:
+        NoRayClusterError: this process has not joined a cluster.
+    """
+    import ray  # noqa: PLC0415  ray is loaded on first use, not on import
+
+    if not ray.is_initialized():
+        raise NoRayClusterError("", "this process has not joined one")
+    return RayAddress(ray.get_runtime_context().gcs_address, os.environ.get("RAY_AUTH_MODE", ""))
+
+
+def join(where: RayAddress | None = None) -> None:
+    """Make this process a member of the cluster, unless it is one already.
+
+    Callable from a driver, an actor, a torchrun rank or an engine worker. Blocks for 1 to 3 seconds on
+    first use; a missing cluster or a wrong token is reported within about 3.
+
+    Args:
+        where: the cluster; by default ``RAY_ADDRESS``, else the one on this host.
+
+    Raises:
+        TransportUnavailableError: ray is not installed.
+        NoRayClusterError: nothing answers there.
+        RayAuthError: the cluster wants another token.
+    """
+    try:
+        import ray  # noqa: PLC0415
+    except ImportError as error:
+        raise TransportUnavailableError("ray", str(error), "Install it with `pip install 'ray>=2.56'`.") from error
+    if ray.is_initialized():
+        return
+    address = (where.address if where else "") or os.environ.get("RAY_ADDRESS", "") or "auto"
+    if where and where.auth_mode and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = where.auth_mode
+    _check_token_source(address)
+    if address != "auto":
+        _check_reachable(address)
+        _check_token_accepted(address)
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if "InvalidAuthToken" in str(error):
+            raise RayAuthError(address) from error
+        raise NoRayClusterError(address, _first_line(error)) from error
+
+
+def _check_token_source(address: str) -> None:
+    # Ray aborts the whole process, an engine worker included, when token mode finds no token to send.
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not path.is_file() or not path.read_text(encoding="utf-8").strip():
+        raise RayAuthError(address)
+
+
+def _check_reachable(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT_S):
+            return
+    except (OSError, ValueError) as error:
+        raise NoRayClusterError(address, _first_line(error)) from error
+
+
+def _check_token_accepted(address: str) -> None:
+    # ray.init itself retries a refused token for 20 s; one read from the GCS tells at once.
+    from ray._raylet import GcsClient  # noqa: PLC0415
+    from ray.exceptions import AuthenticationError, RpcError  # noqa: PLC0415
+
+    try:
+        GcsClient(address=address).internal_kv_get(b"rdt", namespace=b"rdt", timeout=_PROBE_TIMEOUT_S)
+    except AuthenticationError as error:
+        raise RayAuthError(address) from error
+    except RpcError as error:
+        raise NoRayClusterError(address, _first_line(error)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,142 @@
+"""NIXL through Ray's public tensor-transport API: RDMA across nodes, shared address space on one.
+
+Facts that shape this file (Ray 2.60): a ref put with ``_tensor_transport="nixl"`` is a window onto live
+memory and can be got again and again; targets set for a ref are held weakly, and a target that has gone is
+silently replaced by a fresh buffer, so the link keeps them and compares addresses after every pull; the
+first use from two threads builds two agents that do not know each other's registrations, so the agent is
+built under a lock.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from typing import TYPE_CHECKING, Any, cast
+
+from rdt_core.errors import (
+    PullTimeoutError,
+    SourceDiedError,
+    TransportError,
+    TransportUnavailableError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+_agent_lock = threading.Lock()
+
+
+def _check_installed() -> None:
+    for module, package in (("ray", "ray>=2.56"), ("nixl", "nixl")):
+        if importlib.util.find_spec(module) is None:
+            raise TransportUnavailableError(
+                "nixl", f"the module {module!r} is not installed", f"Install it with `pip install '{package}'`."
+            )
+
+
+def _build_agent() -> None:
+    """Create this process's NIXL agent, once, before any other use."""
+    from ray.exceptions import RaySystemError  # noqa: PLC0415  ray is loaded on first use, not on import
+    from ray.experimental.rdt.util import get_tensor_transport_manager  # noqa: PLC0415
+
+    with _agent_lock:
+        try:
+            get_tensor_transport_manager("NIXL").get_nixl_agent()
+        except (ImportError, RuntimeError, RaySystemError) as error:
+            raise TransportUnavailableError(
+                "nixl", f"its agent cannot be created: {error}", "Check the nixl installation (rdt doctor)."
+            ) from error
+
+
+class NixlExport:
+    """See :class:`rdt_core.transports.base.Export`. The ticket is a list that holds one Ray object ref."""
+
+    def __init__(self, views: Sequence[torch.Tensor]) -> None:
+        import ray  # noqa: PLC0415
+        from ray.experimental import register_nixl_memory  # noqa: PLC0415
+
+        self._views = list(views)
+        for view in self._views:
+            register_nixl_memory(view)
+        # A bare ref in a call would be resolved to its value on the way; inside a list it stays a ref.
+        self.ticket: list[Any] = [ray.put(self._views, _tensor_transport="nixl")]
+
+    def close(self) -> None:
+        """Drop the ref and the registrations."""
+        from ray.experimental import deregister_nixl_memory  # noqa: PLC0415
+
+        self.ticket.clear()
+        views, self._views = self._views, []
+        for view in views:
+            deregister_nixl_memory(view)
+
+
+class NixlLink:
+    """See :class:`rdt_core.transports.base.Link`."""
+
+    def __init__(self, ref: object, targets: Sequence[torch.Tensor], trainer_rank: int) -> None:
+        from ray.experimental import register_nixl_memory, set_target_for_ref  # noqa: PLC0415
+
+        self._ref: object | None = ref
+        self._targets = list(targets)
+        self._addresses = [target.data_ptr() for target in self._targets]
+        self._trainer_rank = trainer_rank
+        for target in self._targets:
+            register_nixl_memory(target)
+        set_target_for_ref(cast("Any", ref), self._targets)
+
+    def pull(self, *, timeout_s: float) -> None:
+        """Read the export into the targets; blocks in ``ray.get``."""
+        import ray  # noqa: PLC0415
+        from ray import exceptions  # noqa: PLC0415
+
+        if self._ref is None:
+            raise TransportError("this link has been closed. Open the ticket again.")
+        try:
+            got = ray.get(cast("Any", self._ref), timeout=timeout_s)
+        except exceptions.GetTimeoutError:
+            raise PullTimeoutError(self._trainer_rank, timeout_s) from None
+        except (exceptions.RayDirectTransportError, exceptions.ObjectLostError) as error:
+            raise SourceDiedError(self._trainer_rank, type(error).__name__) from error
+        except ValueError as error:
+            raise TransportError(f"Ray refused the targets: {error}") from error
+        if [tensor.data_ptr() for tensor in got] != self._addresses:
+            raise TransportError(
+                f"Ray brought the bytes of trainer rank {self._trainer_rank} into other memory than the targets. "
+                "Nothing was committed; report this with your Ray version."
+            )
+
+    def close(self) -> None:
+        """Drop the ref and the registrations."""
+        from ray.experimental import deregister_nixl_memory  # noqa: PLC0415
+
+        self._ref = None
+        targets, self._targets = self._targets, []
+        for target in targets:
+            deregister_nixl_memory(target)
+
+
+class NixlTransport:
+    """See :class:`rdt_core.transports.base.Transport`.
+
+    Raises:
+        TransportUnavailableError: ray or nixl is missing, or no agent can be created.
+    """
+
+    name = "nixl"
+
+    def __init__(self) -> None:
+        _check_installed()
+        _build_agent()
+
+    def export(self, views: Sequence[torch.Tensor]) -> NixlExport:
+        """Register the views' storages and put one ref to all of them."""
+        return NixlExport(views)
+
+    def open(self, ticket: object, targets: Sequence[torch.Tensor], *, trainer_rank: int) -> NixlLink:
+        """Register the targets and set them for the ref."""
+        if not isinstance(ticket, list) or len(ticket) != 1:
+            raise TransportError(f"{ticket!r} is not a ticket of the nixl transport.")
+        return NixlLink(ticket[0], targets, trainer_rank)

@@ -1,0 +1,87 @@
+"""A trainer-side stand for transport contract tests, in this process or in another one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import ray
+import torch
+
+from rdt_core.transports import make_transport
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rdt_core.transports.base import Transport
+
+
+class Source(Protocol):
+    """Memory that a test can write, and one export of all of it."""
+
+    def export(self) -> object:
+        """Export every tensor; returns the ticket."""
+
+    def write(self, index: int, values: Sequence[int]) -> None:
+        """Overwrite one tensor's bytes in place."""
+
+    def close(self) -> None:
+        """Close the export."""
+
+    def kill(self) -> None:
+        """End the source as a crash would."""
+
+
+class LocalSource:
+    """A source in this process."""
+
+    def __init__(self, transport: Transport, sizes: Sequence[int]) -> None:
+        self._transport = transport
+        self._tensors = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+        self._export: Any = None
+
+    def export(self) -> object:
+        self._export = self._transport.export(self._tensors)
+        return self._export.ticket
+
+    def write(self, index: int, values: Sequence[int]) -> None:
+        self._tensors[index].copy_(torch.tensor(values, dtype=torch.uint8))
+
+    def close(self) -> None:
+        self._export.close()
+
+    def kill(self) -> None:
+        self._export = None
+
+
+@ray.remote(num_cpus=0)
+class _SourceActor:
+    def __init__(self, name: str, sizes: Sequence[int]) -> None:
+        self._source = LocalSource(make_transport(name), sizes)
+
+    def export(self) -> object:
+        return self._source.export()
+
+    def write(self, index: int, values: Sequence[int]) -> None:
+        self._source.write(index, values)
+
+    def close(self) -> None:
+        self._source.close()
+
+
+class ActorSource:
+    """A source in a Ray actor, a process of its own."""
+
+    def __init__(self, name: str, sizes: Sequence[int]) -> None:
+        self._actor = _SourceActor.remote(name, sizes)
+
+    def export(self) -> object:
+        return ray.get(self._actor.export.remote(), timeout=60)
+
+    def write(self, index: int, values: Sequence[int]) -> None:
+        ray.get(self._actor.write.remote(index, values), timeout=60)
+
+    def close(self) -> None:
+        ray.get(self._actor.close.remote(), timeout=60)
+
+    def kill(self) -> None:
+        ray.kill(self._actor)

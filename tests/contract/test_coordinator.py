@@ -1,0 +1,200 @@
+"""What the coordinator promises its callers, in this process and as a real Ray actor."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+import pytest
+
+from rdt_core.client import CoordinatorClient, LocalChannel, RayChannel
+from rdt_core.coordinator import SILENT_S, Outcome
+from rdt_core.errors import (
+    ConfigError,
+    CoordinatorLostError,
+    DeadlineError,
+    GroupInUseError,
+    MissingTrainerRankError,
+    NotPublishedError,
+    RdtError,
+    StaleVersionError,
+    SupersededError,
+    UnknownGroupError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(params=["local", "ray"])
+def client(request: pytest.FixtureRequest) -> Iterator[CoordinatorClient]:
+    """A fresh group's coordinator."""
+    channel: LocalChannel | RayChannel
+    if request.param == "local":
+        channel = LocalChannel("policy")
+    else:
+        request.getfixturevalue("ray_cluster")
+        channel = RayChannel.create(f"policy-{uuid.uuid4().hex}")
+    yield CoordinatorClient(channel)
+    channel.end()
+
+
+class Rank:
+    """A trainer rank that fetches tasks and answers them with a function of its payload."""
+
+    def __init__(self, client: CoordinatorClient, rank: int, world_size: int) -> None:
+        self.client, self.rank, self.instance = client, rank, uuid.uuid4().hex
+        client.attach(rank, world_size, self.instance, f"manifest {rank}".encode())
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while not self._stop.is_set():
+            for task in self.client.next_tasks(self.rank, self.instance):
+                refused = task.payload == "refuse"
+                error = StaleVersionError(1, 2, "in a test") if refused else None
+                self.client.answer(task.number, Outcome((self.rank, task.kind, task.payload), error))
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(20)
+
+
+@pytest.fixture
+def ranks(client: CoordinatorClient) -> Iterator[list[Rank]]:
+    """Two trainer ranks that answer tasks."""
+    made = [Rank(client, rank, 2) for rank in range(2)]
+    yield made
+    for rank in made:
+        rank.stop()
+
+
+def test_manifests_come_in_rank_order_once_every_rank_attached(client: CoordinatorClient) -> None:
+    client.attach(1, 2, "b", b"one")
+    client.attach(0, 2, "a", b"zero")
+    assert client.manifests(5.0) == [b"zero", b"one"]
+
+
+def test_a_missing_trainer_rank_is_named_in_the_error(client: CoordinatorClient) -> None:
+    client.attach(1, 3, "b", b"one")
+    with pytest.raises(MissingTrainerRankError) as caught:
+        client.manifests(0.2)
+    assert caught.value.missing == (0, 2)
+
+
+def test_a_live_rank_cannot_be_attached_twice(client: CoordinatorClient, ranks: list[Rank]) -> None:
+    started = time.monotonic()
+    with pytest.raises(GroupInUseError):
+        client.attach(0, 2, "another process", b"x")
+    assert time.monotonic() - started < SILENT_S
+    assert client.manifests(1.0)[0] == b"manifest 0"
+    ranks[0].client.publish(0, ranks[0].instance, 1)
+
+
+def test_a_rank_that_fell_silent_is_replaced_and_its_versions_go_on(client: CoordinatorClient) -> None:
+    client.attach(0, 1, "dead process", b"old")
+    client.publish(0, "dead process", 7)
+    assert client.attach(0, 1, "new process", b"new") == 7
+    assert client.manifests(1.0) == [b"new"]
+    with pytest.raises(GroupInUseError):
+        client.publish(0, "dead process", 8)
+
+
+def test_another_world_size_is_refused_while_others_are_attached(client: CoordinatorClient) -> None:
+    client.attach(0, 2, "a", b"")
+    with pytest.raises(ConfigError, match="world size"):
+        client.attach(1, 3, "b", b"")
+
+
+def test_versions_only_grow(client: CoordinatorClient) -> None:
+    client.attach(0, 1, "a", b"")
+    client.publish(0, "a", 5)
+    for version in (5, 4):
+        with pytest.raises(StaleVersionError):
+            client.publish(0, "a", version)
+
+
+def test_a_version_is_readable_only_while_every_rank_holds_it(client: CoordinatorClient) -> None:
+    client.attach(0, 2, "a", b"")
+    client.attach(1, 2, "b", b"")
+    client.publish(0, "a", 1)
+    with pytest.raises(NotPublishedError) as caught:
+        client.wait_published(1, 0.2)
+    assert caught.value.missing == (1,)
+    client.publish(1, "b", 1)
+    client.wait_published(1, 5.0)
+    client.check_version(1)
+    client.publish(0, "a", 2)
+    with pytest.raises(SupersededError):
+        client.check_version(1)
+
+
+def test_a_task_is_answered_by_the_rank_it_was_given_to(client: CoordinatorClient, ranks: list[Rank]) -> None:
+    assert len(ranks) == 2
+    answers = client.ask("echo", {0: "x", 1: ["y", 2]}, 10.0)
+    assert answers == {0: (0, "echo", "x"), 1: (1, "echo", ["y", 2])}
+
+
+def test_an_error_in_a_task_reaches_the_asker_with_its_type(client: CoordinatorClient, ranks: list[Rank]) -> None:
+    assert len(ranks) == 2
+    with pytest.raises(StaleVersionError):
+        client.ask("echo", {0: "x", 1: "refuse"}, 10.0)
+
+
+def test_a_task_for_a_rank_that_is_not_there_fails_at_once(client: CoordinatorClient, ranks: list[Rank]) -> None:
+    assert len(ranks) == 2
+    with pytest.raises(MissingTrainerRankError):
+        client.ask("echo", {5: "x"}, 10.0)
+
+
+def test_a_task_for_a_rank_that_falls_silent_ends_with_its_name(client: CoordinatorClient) -> None:
+    client.attach(0, 1, "says nothing more", b"")
+    with pytest.raises(MissingTrainerRankError) as caught:
+        client.ask("echo", {0: "x"}, 2 * SILENT_S)
+    assert caught.value.missing == (0,)
+
+
+def test_prepared_ranks_are_awaited_by_attempt(client: CoordinatorClient) -> None:
+    members = [("http://a", 0), ("http://a", 1)]
+    client.report_prepared("http://a", 0, "old attempt", Outcome(error=RdtError("of an earlier try")))
+    client.report_prepared("http://a", 0, "1:x", Outcome(10))
+    with pytest.raises(DeadlineError, match="1"):
+        client.wait_prepared("1:x", members, 0.2)
+    client.report_prepared("http://a", 1, "1:x", Outcome(11))
+    assert {m: o.value for m, o in client.wait_prepared("1:x", members, 5.0).items()} == {
+        members[0]: 10,
+        members[1]: 11,
+    }
+
+
+def test_one_failed_rank_ends_the_wait_for_the_others(client: CoordinatorClient) -> None:
+    client.report_prepared("http://a", 1, "1:x", Outcome(error=SupersededError(1, 2)))
+    outcomes = client.wait_prepared("1:x", [("http://a", 0), ("http://a", 1)], 30.0)
+    assert isinstance(outcomes["http://a", 1].error, SupersededError)
+
+
+def test_status_tells_who_is_there_and_what_they_hold(client: CoordinatorClient) -> None:
+    client.attach(0, 1, "a", b"")
+    client.publish(0, "a", 3)
+    client.join("http://a", 0, {"nbytes": 5})
+    status = client.status()
+    assert status["trainers"][0]["version"] == 3
+    assert status["engines"] == [{"engine": "http://a", "rank": 0, "nbytes": 5}]
+    client.leave("http://a", 0)
+    assert client.status()["engines"] == []
+
+
+def test_the_last_trainer_that_leaves_ends_the_coordinator(client: CoordinatorClient) -> None:
+    client.attach(0, 1, "a", b"")
+    client.detach(0, "a")
+    with pytest.raises(CoordinatorLostError):
+        client.status()
+
+
+def test_an_unknown_group_is_refused_by_name(ray_cluster: str) -> None:
+    assert ray_cluster
+    with pytest.raises(UnknownGroupError, match="no-such-group"):
+        RayChannel.find("no-such-group")

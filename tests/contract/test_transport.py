@@ -1,0 +1,148 @@
+"""What every transport promises. The memory fake and NIXL over real Ray processes take the same tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from rdt_core.errors import SourceDiedError, TransportError, TransportUnavailableError
+from rdt_core.transports import make_transport
+
+from .sources import ActorSource, LocalSource
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from rdt_core.transports.base import Transport
+
+    from .sources import Source
+
+SIZES = (5, 4096, 1)
+TIMEOUT_S = 30.0
+
+
+@dataclass
+class Stand:
+    """A transport on the reader's side and a way to make sources for it."""
+
+    transport: Transport
+    make_source: Callable[[Sequence[int]], Source]
+
+
+@pytest.fixture(params=["memory", "nixl"])
+def stand(request: pytest.FixtureRequest) -> Iterator[Stand]:
+    """One transport; real ones have their source in another process."""
+    transport = make_transport(request.param) if request.param == "memory" else None
+    if transport is None:
+        request.getfixturevalue("ray_cluster")
+        transport = make_transport(request.param)
+    made: list[Source] = []
+
+    def make_source(sizes: Sequence[int]) -> Source:
+        source: Source
+        if request.param == "memory":
+            source = LocalSource(transport, sizes)
+        else:
+            source = ActorSource(request.param, sizes)
+        made.append(source)
+        return source
+
+    yield Stand(transport, make_source)
+    for source in made:
+        source.kill()
+
+
+def targets_of(sizes: Sequence[int]) -> list[torch.Tensor]:
+    return [torch.full((size,), 255, dtype=torch.uint8) for size in sizes]
+
+
+def test_a_pull_brings_every_byte_into_the_targets_own_memory(stand: Stand) -> None:
+    source = stand.make_source(SIZES)
+    source.write(0, [1, 2, 3, 4, 5])
+    source.write(1, [i % 251 for i in range(4096)])
+    source.write(2, [9])
+    targets = targets_of(SIZES)
+    addresses = [target.data_ptr() for target in targets]
+    link = stand.transport.open(source.export(), targets, trainer_rank=0)
+    link.pull(timeout_s=TIMEOUT_S)
+    assert targets[0].tolist() == [1, 2, 3, 4, 5]
+    assert targets[1].tolist() == [i % 251 for i in range(4096)]
+    assert targets[2].tolist() == [9]
+    assert [target.data_ptr() for target in targets] == addresses
+    link.close()
+
+
+def test_targets_may_be_slices_of_one_buffer_and_nothing_beside_them_is_touched(stand: Stand) -> None:
+    source = stand.make_source((4, 8))
+    source.write(0, [1, 2, 3, 4])
+    source.write(1, [5, 6, 7, 8, 9, 10, 11, 12])
+    buffer = torch.full((32,), 255, dtype=torch.uint8)
+    link = stand.transport.open(source.export(), [buffer[2:6], buffer[16:24]], trainer_rank=0)
+    link.pull(timeout_s=TIMEOUT_S)
+    wanted = [255] * 2 + [1, 2, 3, 4] + [255] * 10 + [5, 6, 7, 8, 9, 10, 11, 12] + [255] * 8
+    assert buffer.tolist() == wanted
+    link.close()
+
+
+def test_one_link_sees_every_later_write_of_the_source(stand: Stand) -> None:
+    source = stand.make_source((3,))
+    targets = targets_of((3,))
+    link = stand.transport.open(source.export(), targets, trainer_rank=0)
+    for version in range(1, 6):
+        source.write(0, [version, version + 1, version + 2])
+        link.pull(timeout_s=TIMEOUT_S)
+        assert targets[0].tolist() == [version, version + 1, version + 2]
+    link.close()
+
+
+def test_two_readers_of_one_source_do_not_disturb_each_other(stand: Stand) -> None:
+    source = stand.make_source((2,))
+    source.write(0, [7, 8])
+    first, second = targets_of((2,)), targets_of((2,))
+    ticket = source.export()
+    links = [stand.transport.open(ticket, targets, trainer_rank=0) for targets in (first, second)]
+    links[0].pull(timeout_s=TIMEOUT_S)
+    links[0].close()
+    assert second[0].tolist() == [255, 255]
+    links[1].pull(timeout_s=TIMEOUT_S)
+    assert first[0].tolist() == second[0].tolist() == [7, 8]
+    links[1].close()
+
+
+def test_a_dead_source_is_a_typed_error_that_names_its_rank(stand: Stand) -> None:
+    source = stand.make_source((2,))
+    link = stand.transport.open(source.export(), targets_of((2,)), trainer_rank=3)
+    link.pull(timeout_s=TIMEOUT_S)
+    source.kill()
+    with pytest.raises(SourceDiedError, match="trainer rank 3"):
+        link.pull(timeout_s=TIMEOUT_S)
+    link.close()
+
+
+def test_targets_of_other_sizes_than_the_export_are_refused(stand: Stand) -> None:
+    source = stand.make_source((4,))
+    ticket = source.export()
+    with pytest.raises(TransportError):
+        stand.transport.open(ticket, targets_of((3,)), trainer_rank=0).pull(timeout_s=TIMEOUT_S)
+
+
+def test_a_closed_link_refuses_to_pull_and_closes_again_quietly(stand: Stand) -> None:
+    source = stand.make_source((4,))
+    link = stand.transport.open(source.export(), targets_of((4,)), trainer_rank=0)
+    link.close()
+    link.close()
+    with pytest.raises(TransportError, match="closed"):
+        link.pull(timeout_s=TIMEOUT_S)
+
+
+def test_a_ticket_of_another_kind_is_refused(stand: Stand) -> None:
+    with pytest.raises(TransportError, match="not a ticket"):
+        stand.transport.open("ticket", targets_of((1,)), trainer_rank=0)
+
+
+def test_an_unknown_transport_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(TransportUnavailableError, match="nixl"):
+        make_transport("carrier-pigeon")
