@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import ray
 import torch
@@ -12,11 +12,11 @@ from rdt_core.transports import make_transport
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rdt_core.transports.base import Transport
+    from rdt_core.transports.base import Export, Transport
 
 
 class Source(Protocol):
-    """Memory that a test can write, and one export of all of it."""
+    """Memory that a test can write, and exports of all of it, one a reader."""
 
     def export(self) -> object:
         """Export every tensor; returns the ticket."""
@@ -25,7 +25,7 @@ class Source(Protocol):
         """Overwrite one tensor's bytes in place."""
 
     def close(self) -> None:
-        """Close the export."""
+        """Close every export."""
 
     def kill(self) -> None:
         """End the source as a crash would."""
@@ -37,20 +37,21 @@ class LocalSource:
     def __init__(self, transport: Transport, sizes: Sequence[int]) -> None:
         self._transport = transport
         self._tensors = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
-        self._export: Any = None
+        self._exports: list[Export] = []
 
     def export(self) -> object:
-        self._export = self._transport.export(self._tensors)
-        return self._export.ticket
+        self._exports.append(self._transport.export(self._tensors))
+        return self._exports[-1].ticket
 
     def write(self, index: int, values: Sequence[int]) -> None:
         self._tensors[index].copy_(torch.tensor(values, dtype=torch.uint8))
 
     def close(self) -> None:
-        self._export.close()
+        for export in self._exports:
+            export.close()
 
     def kill(self) -> None:
-        self._export = None
+        self._exports.clear()
 
 
 @ray.remote(num_cpus=0)

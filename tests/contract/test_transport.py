@@ -102,8 +102,7 @@ def test_two_readers_of_one_source_do_not_disturb_each_other(stand: Stand) -> No
     source = stand.make_source((2,))
     source.write(0, [7, 8])
     first, second = targets_of((2,)), targets_of((2,))
-    ticket = source.export()
-    links = [stand.transport.open(ticket, targets, trainer_rank=0) for targets in (first, second)]
+    links = [stand.transport.open(source.export(), targets, trainer_rank=0) for targets in (first, second)]
     links[0].pull(timeout_s=TIMEOUT_S)
     links[0].close()
     assert second[0].tolist() == [255, 255]

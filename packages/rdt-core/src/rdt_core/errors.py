@@ -50,7 +50,10 @@ class name and the constructor's arguments and nothing that could run code.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class RdtError(Exception):
@@ -94,11 +97,11 @@ class InvalidVersionError(ConfigError):
     """A version that is not a positive integer."""
 
     def __init__(self, version: object) -> None:
-        self.version = version
+        self.version = version if version is None or isinstance(version, int | float | str) else repr(version)
         super().__init__(
-            f"version {version!r} cannot be used. Expected an integer of 1 or more; "
+            f"version {self.version!r} cannot be used. Expected an integer of 1 or more; "
             "the trainer's step count will do.",
-            repr(version) if not isinstance(version, int) else version,
+            self.version,
         )
 
 
@@ -509,20 +512,22 @@ def to_wire(error: RdtError) -> dict[str, Any]:
     return {"type": type(error).__name__, "message": error.message, "fields": list(error.fields)}
 
 
-def from_wire(wire: dict[str, Any]) -> RdtError:
+def from_wire(wire: object) -> RdtError:
     """The error that :func:`to_wire` described; a plain :class:`RdtError` when the type is unknown.
 
     Only classes of this module can be named, and only with plain values, so nothing from the network
-    can run code.
+    can run code. Takes whatever the JSON decoder gave and never raises.
     """
-    found = _ERRORS.get(str(wire.get("type")))
-    message = str(wire.get("message", "unknown error"))
-    fields = wire.get("fields", [])
-    if found is None or not isinstance(fields, list):
+    content = wire if isinstance(wire, dict) else {}
+    kind, message, fields = content.get("type"), content.get("message"), content.get("fields")
+    if not isinstance(message, str):
+        message = "unknown error"
+    make: Callable[..., RdtError] | None = _ERRORS.get(kind) if isinstance(kind, str) else None
+    if make is None or not isinstance(fields, list):
         return RdtError(message)
     try:
-        return found(*[tuple(f) if isinstance(f, list) else f for f in fields])
-    except (TypeError, ValueError):
+        return make(*[tuple(field) if isinstance(field, list) else field for field in fields])
+    except (TypeError, ValueError, OverflowError):
         return RdtError(message)
 
 

@@ -14,6 +14,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fill:
+    """Elements that the loader sets to a constant: the padding of a vocabulary, a zeroed bias.
+
+    Args:
+        window: whose memory is filled.
+        offset_bytes: of the first element in the window.
+        shape: of the strided box that is filled, in elements; its dims are no tensor's.
+        stride_bytes: one a dim of ``shape``.
+        dtype: element type in memory.
+        value: what every element becomes, rounded to ``dtype`` as ``Tensor.fill_`` does.
+    """
+
+    window: str
+    offset_bytes: int
+    shape: tuple[int, ...]
+    stride_bytes: tuple[int, ...]
+    dtype: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
     """Where every checkpoint tensor lands in one engine rank.
 
@@ -23,10 +44,14 @@ class Recording:
             first parameter that owns the storage).
         reload: tensors that no read can express, with the loader operation that made it so; they are
             brought whole and given to ``EngineModel.load``.
+        fills: constants that the loader writes; disjoint from the shards. An engine that was started from a
+            checkpoint holds them already, one that was started with random weights does not. They hold
+            after ``EngineModel.load``, which may have written there.
         skipped: tensors that the loader takes and drops by design (a tied ``lm_head.weight``, say).
     """
 
     shards: tuple[Shard, ...]
     windows: Mapping[str, torch.Tensor]
     reload: Mapping[str, str] = field(default_factory=dict)
+    fills: tuple[Fill, ...] = ()
     skipped: frozenset[str] = frozenset()

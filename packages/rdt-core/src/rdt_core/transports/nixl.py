@@ -9,7 +9,7 @@ built under a lock.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import threading
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,11 +29,14 @@ _agent_lock = threading.Lock()
 
 
 def _check_installed() -> None:
-    for module, package in (("ray", "ray>=2.56"), ("nixl", "nixl")):
-        if importlib.util.find_spec(module) is None:
+    # nixl._api, not nixl: a platform wheel alone (nixl-cu12) gives neither, and that is the usual mistake.
+    for module, command in (("ray", "pip install 'ray>=2.56'"), ("nixl._api", "pip install nixl")):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
             raise TransportUnavailableError(
-                "nixl", f"the module {module!r} is not installed", f"Install it with `pip install '{package}'`."
-            )
+                "nixl", f"{module} cannot be imported ({error})", f"Install it with `{command}`."
+            ) from error
 
 
 def _build_agent() -> None:

@@ -1,0 +1,116 @@
+"""The memory behind a live model's parameters and buffers, and a snapshot of what points where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from rdt_core.describe import flat_bytes
+from rdt_core.errors import UnsupportedLoaderError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.nn import Module
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A parameter or buffer, and its memory at the time of the snapshot.
+
+    Args:
+        alias: another tensor of the same memory and geometry, which keeps the storage alive.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    alias: torch.Tensor
+    is_parameter: bool
+
+
+class LiveMemory:
+    """Knows every storage of a model by address. Made before a loader runs, asked while it runs.
+
+    Raises:
+        UnsupportedLoaderError: a parameter has no memory of its own to fill (meta, lazy, or a wrapper class).
+    """
+
+    def __init__(self, model: Module) -> None:
+        self.holders = [_hold(name, tensor, is_parameter) for name, tensor, is_parameter in _tensors_of(model)]
+        self._slots = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+        self.window_of: dict[int, str] = {}
+        self.windows: dict[str, torch.Tensor] = {}
+        for holder in self.holders:
+            storage = holder.alias.untyped_storage()
+            if storage.nbytes() and storage.data_ptr() not in self.window_of:
+                self.window_of[storage.data_ptr()] = holder.name
+                self.windows[holder.name] = flat_bytes(holder.alias, 0, storage.nbytes())
+
+    def find_window(self, tensor: torch.Tensor) -> str | None:
+        """Name of the window whose storage ``tensor`` is a view of; None when it is none of the model's."""
+        if tensor.device.type == "meta":
+            return None
+        return self.window_of.get(tensor.untyped_storage().data_ptr())
+
+    def overlaps(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor of a foreign storage reaches into the memory of one of the model's."""
+        if tensor.device.type == "meta":
+            return False
+        storage = tensor.untyped_storage()
+        start, stop = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        return any(
+            start < flat.data_ptr() + flat.numel() and flat.data_ptr() < stop and tensor.device == flat.device
+            for flat in self.windows.values()
+        )
+
+    def restore(self) -> str | None:
+        """Put every parameter and buffer back to where it pointed. Idempotent.
+
+        Returns:
+            The name of one that had moved, or None.
+        """
+        moved = None
+        for module, parameters, buffers in self._slots:
+            for held, expected in ((module._parameters, parameters), (module._buffers, buffers)):
+                if list(held) != list(expected) or any(held[name] is not expected[name] for name in held):
+                    changed = [name for name in {**held, **expected} if held.get(name) is not expected.get(name)]
+                    moved = changed[0] if changed else moved
+                    held.clear()
+                    held.update(expected)  # type: ignore[arg-type]  # one of two dicts, each with its own type
+        for holder in self.holders:
+            if not _is_same_memory(holder.tensor, holder.alias):
+                moved = holder.name
+                holder.tensor.data = holder.alias
+        return moved
+
+
+def _tensors_of(model: Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield name, parameter, True
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        yield name, buffer, False
+
+
+def _hold(name: str, tensor: torch.Tensor, is_parameter: bool) -> Holder:  # noqa: FBT001  # a record's field
+    if is_lazy(tensor):
+        raise UnsupportedLoaderError(name, "late allocation")
+    if is_traceable_wrapper_subclass(tensor):
+        raise UnsupportedLoaderError(name, f"a wrapper class ({type(tensor).__name__})")
+    if tensor.device.type == "meta" and tensor.numel():
+        raise UnsupportedLoaderError(name, "late allocation (its device is meta)")
+    return Holder(name, tensor, tensor.data, is_parameter)
+
+
+def _is_same_memory(tensor: torch.Tensor, alias: torch.Tensor) -> bool:
+    return (
+        tensor.device == alias.device
+        and tensor.dtype == alias.dtype
+        and tensor.shape == alias.shape
+        and tensor.stride() == alias.stride()
+        and tensor.storage_offset() == alias.storage_offset()
+        and tensor.untyped_storage().data_ptr() == alias.untyped_storage().data_ptr()
+    )

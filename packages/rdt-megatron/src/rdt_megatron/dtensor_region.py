@@ -1,0 +1,87 @@
+"""Which box of a tensor a DTensor's rank holds; pure arithmetic on its placements.
+
+DTensor's own answer gives the first index in every dim only, which is wrong without notice where a rank
+holds several separate runs of rows (``_StridedShard`` on an uneven size). Here the runs themselves are
+cut, and anything but one box is refused.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from rdt_core.region import Region
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.distributed.tensor.placement_types import Placement
+
+_Runs = list[tuple[int, int]]
+
+
+class NotOneBoxError(ValueError):
+    """The rank's elements are no single box. Raised to the exporter, which knows tensor and rank."""
+
+
+def held_region(
+    shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
+) -> Region:
+    """The region that one mesh coordinate holds; it may be empty.
+
+    Args:
+        shape: the tensor's GLOBAL shape, in elements.
+        mesh_shape: number of ranks along each mesh axis.
+        coordinate: of the rank, one index a mesh axis.
+        placements: one a mesh axis, applied from left to right as DTensor does.
+
+    Raises:
+        NotOneBoxError: the elements are separate runs, or a placement is neither a shard nor a replica.
+    """
+    runs: list[_Runs] = [[(0, size)] for size in shape]
+    for num_ranks, index, placement in zip(mesh_shape, coordinate, placements, strict=True):
+        if placement.is_replicate():
+            continue
+        dim = getattr(placement, "dim", None)
+        if dim is None:
+            raise NotOneBoxError(f"placement {placement} is neither a shard nor a replica")
+        runs[dim] = _cut(runs[dim], num_ranks, index, int(getattr(placement, "split_factor", 1)))
+    boxes = [_only_run(held, size) for held, size in zip(runs, shape, strict=True)]
+    return Region(tuple(start for start, _ in boxes), tuple(stop for _, stop in boxes))
+
+
+def _cut(runs: _Runs, num_ranks: int, index: int, split_factor: int) -> _Runs:
+    """What is left of ``runs`` after one shard; a strided shard cuts each of ``split_factor`` parts."""
+    length = sum(stop - start for start, stop in runs)
+    kept: _Runs = []
+    for part in range(split_factor):
+        start, stop = _chunk(0, length, split_factor, part)
+        kept += _take(runs, *_chunk(start, stop, num_ranks, index))
+    return kept
+
+
+def _chunk(start: int, stop: int, num_chunks: int, index: int) -> tuple[int, int]:
+    """Chunk ``index`` of ``[start, stop)`` as ``torch.chunk`` cuts it, empty ones at the end included."""
+    size = -(-(stop - start) // num_chunks)
+    return min(start + index * size, stop), min(start + (index + 1) * size, stop)
+
+
+def _take(runs: _Runs, start: int, stop: int) -> _Runs:
+    """Elements ``[start, stop)`` of the sequence that ``runs`` lay end to end."""
+    taken: _Runs = []
+    passed = 0
+    for first, last in runs:
+        low, high = max(start - passed, 0), min(stop - passed, last - first)
+        if low < high:
+            taken.append((first + low, first + high))
+        passed += last - first
+    return taken
+
+
+def _only_run(runs: _Runs, size: int) -> tuple[int, int]:
+    if not runs:
+        return size, size
+    for (_, stop), (start, _) in pairwise(runs):
+        if stop != start:
+            raise NotOneBoxError(f"the rank holds separate runs of rows {runs} of {size}")
+    return runs[0][0], runs[-1][1]

@@ -1,0 +1,184 @@
+"""What vLLM derives from weights after a load, and how to derive it again after a commit.
+
+vLLM runs two kinds of post-load hooks: ``quant_method.process_weights_after_loading(layer)`` of every layer
+with weights, and ``module.process_weights_after_loading(...)`` of attention layers. Each is listed here by the
+class that implements it. What is not listed might lay parameters out anew, so it is refused when an engine
+connects, by the layer's name, and never run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rdt_core.errors import UnsupportedLoaderError
+from rdt_vllm import compat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_LAYERS = "vllm.model_executor.layers"
+_MOE = f"{_LAYERS}.fused_moe.unquantized_fused_moe_method.UnquantizedFusedMoEMethod"
+
+# Hooks of layers with weights, by the class that implements them. True: derives tensors from weights, run
+# again at every commit. False: leaves weights as they are, here or on CPU with plain layouts.
+_LAYER_HOOKS = {
+    f"{_LAYERS}.fused_moe.router.gate_linear._GateLinearMethod": True,
+    f"{_LAYERS}.linear.UnquantizedLinearMethod": False,
+    f"{_LAYERS}.vocab_parallel_embedding.UnquantizedEmbeddingMethod": False,
+}
+
+# Hooks of attention modules. False: reads no weight (it sets quantization scales of the KV cache).
+_MODULE_HOOKS = {
+    f"{_LAYERS}.attention.attention.Attention": False,
+    f"{_LAYERS}.attention.mla_attention.MLAAttention": True,
+    f"{_LAYERS}.attention.mm_encoder_attention.MMEncoderAttention": False,
+}
+
+# The same for attention backends, whose hook the module's own one calls.
+_IMPL_HOOKS = {
+    "vllm.v1.attention.backend.AttentionImplBase": False,
+    "vllm.v1.attention.backends.b12x.B12xPagedAttentionImpl": True,
+    "vllm.v1.attention.backends.flashinfer.FlashInferImpl": True,
+    "vllm.v1.attention.backends.mla.amx_mla.AMXMLAImpl": True,
+}
+
+# Kernels of unquantized experts that compute on the checkpoint's own layout.
+_PLAIN_MOE_BACKENDS = frozenset({"TRITON", "BATCHED_TRITON"})
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """One post-load computation of a live model.
+
+    Args:
+        name: of the module it belongs to.
+        holders: objects whose attributes it may set.
+        run: repeats it.
+    """
+
+    name: str
+    holders: tuple[object, ...]
+    run: Callable[[], None]
+
+
+def find_hooks(model: torch.nn.Module, dtype: torch.dtype) -> tuple[Hook, ...]:
+    """Every computation to repeat after weights change, in vLLM's own order: layers, then attention.
+
+    Called at connect in each worker; runs nothing.
+
+    Args:
+        model: loaded and processed.
+        dtype: the model's activation dtype, which attention hooks take.
+
+    Raises:
+        UnsupportedLoaderError: a layer's weights are not laid out as its loader writes them, or a hook is
+            unknown.
+
+    Source: vllm 0.32 model_executor/model_loader/utils.py, process_weights_after_loading.
+    """
+    modules = list(model.named_modules())
+    layers = [hook for name, module in modules for hook in _layer_hooks(name, module)]
+    return (*layers, *(hook for name, module in modules for hook in _module_hooks(name, module, dtype)))
+
+
+def refresh(hook: Hook) -> None:
+    """Run a hook so that every tensor it derives stays where it was.
+
+    A captured CUDA graph reads derived tensors at the addresses of the capture, so a new tensor of the same
+    layout is copied into the old one's memory, which takes its place again.
+    """
+    before = [_tensors_of(holder) for holder in hook.holders]
+    hook.run()
+    for holder, old in zip(hook.holders, before, strict=True):
+        for name, new in _tensors_of(holder).items():
+            if name in old and _is_moved(old[name], new):
+                old[name].data.copy_(new.data)
+                setattr(holder, name, old[name])
+
+
+def _layer_hooks(name: str, layer: torch.nn.Module) -> Iterator[Hook]:
+    method: Any = getattr(layer, "quant_method", None)
+    process = getattr(type(method), "process_weights_after_loading", None)
+    if process is None:
+        return
+    owner = _owner_of(process)
+    if "process_weights_after_loading" in vars(method):
+        raise UnsupportedLoaderError(name, f"a post-load hook of its own in place of {owner}'s")
+    if owner in _LAYER_HOOKS:
+        _check_plain(name, layer)
+        if _LAYER_HOOKS[owner]:
+            yield Hook(name, (layer,), lambda: method.process_weights_after_loading(layer))
+    elif owner == _MOE:
+        yield from _moe_hooks(name, layer, method)
+    elif _has_weights(layer):
+        raise UnsupportedLoaderError(name, f"{type(method).__name__}'s own weight layout (quantization)")
+
+
+def _check_plain(name: str, layer: torch.nn.Module) -> None:
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.numel() == 0:
+        raise UnsupportedLoaderError(name, "packing that drops the weight (start with --weight-sync rdt)")
+    if compat.is_conv_packed(layer):
+        raise UnsupportedLoaderError(name, "packing of a causal convolution for this CPU")
+
+
+def _moe_hooks(name: str, layer: torch.nn.Module, method: Any) -> Iterator[Hook]:
+    backend = method.unquantized_backend.name
+    if backend in _PLAIN_MOE_BACKENDS:
+        return
+    experts = compat.repackable_experts(method) if backend == "CPU" else None
+    if experts is None:
+        raise UnsupportedLoaderError(
+            name, f"the weight layout of MoE backend {backend} (start with --moe-backend triton on a GPU)"
+        )
+    yield Hook(name, (experts,), lambda: experts.process_weights_after_loading(layer))
+
+
+def _module_hooks(name: str, module: torch.nn.Module, dtype: torch.dtype) -> Iterator[Hook]:
+    process = getattr(type(module), "process_weights_after_loading", None)
+    if process is None:
+        return
+    owner = _owner_of(process)
+    derives = _MODULE_HOOKS.get(owner)
+    if derives is None:
+        raise UnsupportedLoaderError(name or type(module).__name__, f"the post-load hook of {owner}")
+    impls = _impls_of(module)
+    found = [_IMPL_HOOKS.get(_owner_of(type(impl).process_weights_after_loading)) for impl in impls]
+    if None in found:
+        unknown = type(impls[found.index(None)]).__name__
+        raise UnsupportedLoaderError(name, f"the post-load hook of attention backend {unknown}")
+    if derives or any(found):
+        yield Hook(name, (module, *impls), lambda: process(module, dtype))
+
+
+def _impls_of(module: torch.nn.Module) -> tuple[Any, ...]:
+    impl = getattr(module, "impl", None)
+    variants = getattr(impl, "get_impl_variants", None)
+    impls = variants() if callable(variants) else (impl,)
+    return tuple(impl for impl in impls if hasattr(impl, "process_weights_after_loading"))
+
+
+def _owner_of(function: Any) -> str:
+    return f"{function.__module__}.{function.__qualname__.rpartition('.')[0]}"
+
+
+def _has_weights(layer: torch.nn.Module) -> bool:
+    return next(layer.parameters(recurse=False), None) is not None
+
+
+def _tensors_of(holder: object) -> dict[str, torch.Tensor]:
+    named = dict(vars(holder))
+    if isinstance(holder, torch.nn.Module):
+        named |= dict(holder.named_parameters(recurse=False)) | dict(holder.named_buffers(recurse=False))
+    return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+
+
+def _is_moved(old: torch.Tensor, new: torch.Tensor) -> bool:
+    return old.data_ptr() != new.data_ptr() and _layout_of(old) == _layout_of(new)
+
+
+def _layout_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)

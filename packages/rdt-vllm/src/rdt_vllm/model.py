@@ -1,0 +1,71 @@
+"""vLLM's model on one worker, as the subscriber sees it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rdt_core.recorder import record_loader
+from vllm.config import set_current_vllm_config
+
+from rdt_vllm import finalize
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from vllm.config import VllmConfig
+
+    from rdt_core.manifest import TensorSpec
+    from rdt_core.recording import Recording
+
+
+class VllmModel:
+    """One worker's model. Implements :class:`rdt_core.engine_model.EngineModel`.
+
+    Args:
+        vllm_config: the worker's own; its ``parallel_config.rank`` is set.
+        model: loaded and processed.
+        device: of its parameters.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, model: Any, device: torch.device) -> None:
+        parallel = vllm_config.parallel_config
+        self._vllm_config, self._model = vllm_config, model
+        self._hooks: tuple[finalize.Hook, ...] | None = None
+        self.rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self.world_size = parallel.world_size_across_dp
+        self.device = torch.device(device)
+
+    def record(self, specs: Sequence[TensorSpec]) -> Recording:
+        """Where the model's own loader puts every region. See :class:`EngineModel`.
+
+        Raises:
+            UnsupportedLoaderError: a layer keeps its weights in a layout of its own, or has a post-load hook
+                that this adapter does not know.
+            ModelMismatchError: the loader refuses a tensor.
+        """
+        self._hooks = finalize.find_hooks(self._model, self._vllm_config.model_config.dtype)
+        with set_current_vllm_config(self._vllm_config):
+            return record_loader(self._model, specs, skippable=self._skippable(specs))
+
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load whole checkpoint tensors by the model's own loader. Called at commit."""
+        with set_current_vllm_config(self._vllm_config), torch.no_grad():
+            self._model.load_weights(tensors)
+
+    def finalize(self) -> None:
+        """Recompute what vLLM derives from weights after a load. Called at commit, after the copies."""
+        dtype = self._vllm_config.model_config.dtype
+        hooks = self._hooks if self._hooks is not None else finalize.find_hooks(self._model, dtype)
+        with set_current_vllm_config(self._vllm_config), torch.no_grad():
+            for hook in hooks:
+                finalize.refresh(hook)
+
+    def _skippable(self, specs: Sequence[TensorSpec]) -> frozenset[str]:
+        """Tensors that vLLM's loaders take and drop: a tied head, and rotary tables of old checkpoints."""
+        is_tied = getattr(self._vllm_config.model_config.hf_text_config, "tie_word_embeddings", False)
+        return frozenset(
+            spec.name
+            for spec in specs
+            if (is_tied and spec.name.endswith("lm_head.weight")) or "rotary_emb.inv_freq" in spec.name
+        )

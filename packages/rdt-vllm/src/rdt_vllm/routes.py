@@ -1,0 +1,182 @@
+"""The HTTP side of an engine started with ``--weight-sync rdt``: ``/rdt/*`` and vLLM's weight-update routes.
+
+The flag adds :class:`WeightSyncMiddleware` to the server's ``--middleware``, so that every API process of a
+server has it and a server without the flag has nothing of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from rdt_core import engine_rpc
+from rdt_core.engine_routes import key_guard, make_router
+from rdt_core.errors import RdtError, UpdateFailedError, WireFormatError, from_wire, to_wire
+from rdt_vllm import compat
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+class VllmBackend:
+    """Reaches every worker of one vLLM server. Implements :class:`rdt_core.engine_routes.EngineBackend`.
+
+    One object a server process; lives on its event loop.
+
+    Args:
+        client: vLLM's engine client (``app.state.engine_client``).
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._lock = asyncio.Lock()
+        self._is_held_torn = False
+        self.engine = f"vllm {compat.vllm_version()}"
+        self.world_size: int = client.vllm_config.parallel_config.world_size_across_dp
+
+    async def call(self, method: str, payload: dict[str, Any]) -> list[dict[str, Any]]:
+        """Run a control method on every worker, between steps. Holds the step after it until it returns."""
+        return await compat.call_workers(self._client, "rdt_call", method, payload)
+
+    async def commit(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Flip every worker to ``payload["version"]`` while generation is held, and label what follows.
+
+        Requests in flight stay queued and go on with the new weights. If some workers flipped and others
+        did not, the server would answer with a mixture of versions: generation then stays held until a
+        commit succeeds on all of them. Commits of one server take turns.
+
+        Returns:
+            ``{"ranks": one answer a rank, "stall_s": seconds from the hold to the resumption}``.
+        """
+        try:
+            engine_rpc.parse_version(payload)
+        except WireFormatError as error:
+            return {"ranks": [{"ok": False, "error": to_wire(error)}], "stall_s": 0.0}
+        async with self._lock:
+            was_paused = await self._client.is_paused() and not self._is_held_torn
+            started = time.perf_counter()
+            await compat.hold(self._client)
+            ranks: list[dict[str, Any]] = []
+            try:
+                ranks = await self._flip(payload)
+            finally:
+                self._is_held_torn = not _is_done(ranks) and not await self._is_whole()
+                if not (was_paused or self._is_held_torn):
+                    await compat.let_go(self._client)
+            return {"ranks": ranks, "stall_s": time.perf_counter() - started}
+
+    async def _flip(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
+        # Nothing is computed while generation is held, so dropping the caches first is as good as last, and
+        # a cache that cannot be dropped fails the commit before any parameter has changed.
+        if payload.get("kv_cache") != "keep" and not await compat.drop_caches(self._client):
+            reason = "a KV transfer in flight keeps the old cache in use; commit again when it has ended"
+            error = UpdateFailedError(payload["version"], "commit", self.engine, -1, reason)
+            return [{"ok": False, "error": to_wire(error)}]
+        ranks = await self.call("commit", payload)
+        if _is_done(ranks):
+            await compat.label_outputs(self._client, payload["version"])
+        return ranks
+
+    async def _is_whole(self) -> bool:
+        """Whether every worker holds one and the same version."""
+        answers = await self.call("status", {})
+        states = [answer["result"] for answer in answers if answer["ok"]]
+        versions = {state["version"] for state in states if not state["is_torn"]}
+        return len(states) == len(answers) and len(versions) == 1 and not any(s["is_torn"] for s in states)
+
+
+class WeightSyncMiddleware:
+    """Answers the weight-sync routes in front of a vLLM server's application; the rest passes through.
+
+    vLLM makes it when it builds its application, from the name in ``--middleware``. All of its routes ask
+    for the server's API key where the server has one, which vLLM's own guard does not do for them, in
+    development mode either.
+
+    Args:
+        app: the next ASGI application.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._control: FastAPI | None = None
+        self._paths: frozenset[str] = frozenset()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Route one request."""
+        if scope["type"] != "http" or scope["method"] == "OPTIONS":
+            await self._app(scope, receive, send)
+            return
+        if self._control is None:
+            self._control = make_control_app(scope["app"].state)
+            self._paths = frozenset(str(getattr(route, "path", "")) for route in self._control.routes)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        await (self._control if path in self._paths else self._app)(dict(scope), receive, send)
+
+
+def make_control_app(server_state: Any) -> FastAPI:
+    """The application behind :class:`WeightSyncMiddleware`.
+
+    Args:
+        server_state: the server's ``app.state``, with its ``engine_client`` and ``args``.
+    """
+    control = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    control.state.engine_client = _CheckedClient(server_state.engine_client)
+    backend = VllmBackend(server_state.engine_client)
+    keys = compat.api_keys(getattr(server_state, "args", None))
+
+    def backend_of(request: Request) -> VllmBackend:
+        del request
+        return backend
+
+    control.include_router(make_router(backend_of, keys))
+    control.include_router(compat.update_router(), dependencies=[Depends(key_guard(keys))])
+    control.add_exception_handler(RdtError, _answer_error)
+    return control
+
+
+class _CheckedClient:
+    """vLLM's engine client, with weight-update calls that leave its executor sound when a worker fails."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    async def init_weight_transfer_engine(self, request: Any) -> None:
+        await self._on_all("init_weight_transfer_engine", init_info=request.init_info)
+
+    async def shutdown_weight_transfer_engine(self) -> None:
+        await self._on_all("shutdown_weight_transfer_engine")
+
+    async def start_weight_update(self) -> None:
+        await self._on_all("start_weight_update")
+
+    async def update_weights(self, request: Any) -> None:
+        await self._on_all("update_weights", update_info=request.update_info)
+
+    async def finish_weight_update(self, weight_version: str | None = None) -> None:
+        await self._on_all("finish_weight_update")
+        if weight_version is not None:
+            await self._client.update_weight_version(weight_version)
+
+    async def _on_all(self, method: str, **kwargs: Any) -> None:
+        for answer in await compat.call_workers(self._client, "rdt_lifecycle", method, kwargs):
+            if not answer["ok"]:
+                raise from_wire(answer["error"])
+
+
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    del request
+    wire = to_wire(error if isinstance(error, RdtError) else RdtError(str(error)))
+    return JSONResponse({"error": wire}, status_code=500)
+
+
+def _is_done(ranks: Sequence[dict[str, Any]]) -> bool:
+    return bool(ranks) and all(answer["ok"] for answer in ranks)

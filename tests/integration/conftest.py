@@ -1,0 +1,96 @@
+"""Fixtures for tests that bring up real trainer actors and a real engine process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+START_TIMEOUT_S = 120.0
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """A local Ray cluster of this test process; yields its GCS address."""
+    import ray  # noqa: PLC0415  some integration tests run without Ray
+
+    # Ray keeps sockets below its temp dir, whose paths must stay short.
+    with tempfile.TemporaryDirectory(prefix="rdt", dir="/tmp") as temp_dir:  # noqa: S108
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=100 * 2**20,
+            namespace="rdt",
+            _temp_dir=temp_dir,
+        )
+        try:
+            yield ray.get_runtime_context().gcs_address
+        finally:
+            ray.shutdown()
+
+
+@pytest.fixture
+def group() -> str:
+    """A group name that no other test uses."""
+    return f"group-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture(scope="session")
+def start_toy_engine() -> Iterator[Callable[..., str]]:
+    """Start a toy engine process with the given arguments; returns its URL when it serves."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*args: str) -> str:
+            return stack.enter_context(toy_engine(*args))
+
+        yield start
+
+
+@contextlib.contextmanager
+def toy_engine(*args: str) -> Iterator[str]:
+    """A toy engine process on a free loopback port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "tests.integration.toy_engine", "--port", str(port), *args]
+    process = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: answers(url), process)
+        yield url
+    finally:
+        process.kill()
+        process.wait(START_TIMEOUT_S)
+
+
+def answers(url: str) -> bool:
+    """Whether an engine serves at a URL."""
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"{url}/fingerprint", timeout=5).is_success
+    return False
+
+
+def wait_until(is_true: Callable[[], Any], process: subprocess.Popen[bytes]) -> None:
+    """Wait for a condition while a process lives."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not is_true():
+        if process.poll() is not None:
+            pytest.fail(f"{process.args} ended with {process.returncode}")
+        if time.monotonic() > deadline:
+            pytest.fail(f"{process.args} was not ready after {START_TIMEOUT_S} s")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.1)

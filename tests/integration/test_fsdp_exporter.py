@@ -1,0 +1,144 @@
+"""The FSDP2 exporter in worlds of two and four real gloo ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from rank_world import RankWorld
+from torch import nn
+
+from rdt_megatron import fsdp_shards
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankWorld]:
+    world = RankWorld(2, "fsdp_cases", tmp_path_factory.mktemp("two"))
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankWorld]:
+    world = RankWorld(4, "fsdp_cases", tmp_path_factory.mktemp("four"))
+    yield world
+    world.close()
+
+
+@pytest.mark.parametrize("case", ["even_and_uneven_rows", "shards_of_dim_one", "kept_after_forward"])
+def test_regions_equal_the_gathered_tensors_and_stay_put_over_three_steps(two: RankWorld, case: str) -> None:
+    two.run(case)
+
+
+def test_uneven_rows_are_cut_as_fsdp_pads_them_and_empty_ranks_export_nothing(four: RankWorld) -> None:
+    regions = four.run("even_and_uneven_rows")
+    embedding = [rank.get("embed.weight") for rank in regions]
+    assert embedding == ["[0:3, 0:6]", "[3:6, 0:6]", "[6:9, 0:6]", "[9:10, 0:6]"]
+    assert [rank.get("scale") for rank in regions] == ["[0:1]", "[1:2]", "[2:3]", None]
+
+
+def test_hsdp_replicas_describe_equal_regions(four: RankWorld) -> None:
+    regions = four.run("hsdp")
+    assert regions[0] == regions[2]
+    assert regions[1] == regions[3]
+    assert regions[0] != regions[1]
+
+
+def test_tensor_parallel_under_fsdp_is_cut_by_tensor_parallel_first(four: RankWorld) -> None:
+    regions = four.run("tensor_parallel_under_fsdp")
+    rows = [rank["blocks.0.up.weight"] for rank in regions]
+    assert rows == ["[0:5, 0:8]", "[10:15, 0:8]", "[5:10, 0:8]", "[15:20, 0:8]"]
+    columns = [rank["blocks.0.down.weight"] for rank in regions]
+    assert columns == ["[0:4, 0:10]", "[0:4, 10:20]", "[4:8, 0:10]", "[4:8, 10:20]"]
+
+
+def test_a_bfloat16_model_is_exported_as_bfloat16(two: RankWorld) -> None:
+    assert {dtype for rank in two.run("bfloat16") for dtype in rank.values()} == {"bfloat16"}
+
+
+def test_mixed_precision_exports_the_float32_shards(two: RankWorld) -> None:
+    assert {dtype for rank in two.run("mixed_precision") for dtype in rank.values()} == {"float32"}
+
+
+def test_tied_parameters_appear_once_and_frozen_ones_too(two: RankWorld) -> None:
+    for rank in two.run("tied_and_frozen"):
+        assert "head.weight" not in rank
+        assert "blocks.0.up.weight" in rank
+
+
+def test_an_unsharded_root_still_yields_the_sharded_addresses(two: RankWorld) -> None:
+    two.run("root_left_unsharded")
+
+
+def test_a_smaller_mesh_after_forward_still_yields_the_training_mesh(four: RankWorld) -> None:
+    four.run("smaller_mesh_after_forward")
+
+
+def test_wrapper_prefixes_are_not_part_of_names(two: RankWorld) -> None:
+    assert all(rank["same"] for rank in two.run("wrapped_layers"))
+
+
+def test_parameters_that_fsdp_ignores_are_exported_whole_by_every_rank(two: RankWorld) -> None:
+    assert [rank["head.weight"] for rank in two.run("ignored_parameters")] == ["[0:10, 0:6]"] * 2
+
+
+def test_locate_notices_exactly_the_parameters_that_were_assigned_anew(two: RankWorld) -> None:
+    for moved in two.run("moved_by_assign"):
+        assert "head.weight" in moved
+        assert "embed.weight" not in moved
+
+
+def test_names_are_mapped_by_the_given_function(two: RankWorld) -> None:
+    assert all(name.startswith("model.") for rank in two.run("renamed") for name in rank)
+
+
+@pytest.mark.parametrize(
+    ("case", "tensor", "reason"),
+    [
+        ("refuses_meta", "scale", "meta device"),
+        ("refuses_integers", "codes", "torch.int8"),
+        ("refuses_separate_runs", "rows", "separate runs"),
+        ("refuses_flat_parameters", "the model", "flat tensor"),
+    ],
+)
+def test_what_cannot_be_described_is_refused_by_name(
+    two: RankWorld, case: str, tensor: str, reason: str
+) -> None:
+    for refused, names_its_rank, why, remedy in two.run(case):
+        assert refused == tensor
+        assert names_its_rank
+        assert reason in why
+        assert remedy.endswith(".")
+
+
+def test_describing_a_model_takes_memory_that_does_not_grow_with_it(two: RankWorld) -> None:
+    for growth in two.run("attach_memory"):
+        small, large = sorted(map(int, growth))
+        assert large > 100 * _MIB > _MIB > small, "the sizes are too close to tell"
+        assert growth[str(large)] < 2 * _MIB
+
+
+@pytest.mark.parametrize(
+    "case", ["llama_rebuilt", "tied_qwen3_rebuilt", "qwen3_moe_rebuilt", "mixtral_rebuilt"]
+)
+def test_a_transformers_model_rebuilt_from_live_regions_gives_equal_logits(two: RankWorld, case: str) -> None:
+    assert two.run(case) == [{"same_names": True, "same_logits": True}] * 2
+
+
+def test_a_model_in_one_process_is_exported_whole() -> None:
+    model = nn.Linear(3, 2)
+    local = fsdp_shards(model)
+    assert (local.rank, local.world_size) == (0, 1)
+    assert [(s.spec.name, s.spec.shape, str(s.region)) for s in local.shards] == [
+        ("weight", (2, 3), "[0:2, 0:3]"),
+        ("bias", (2,), "[0:2]"),
+    ]
+    with torch.no_grad():
+        model.weight.fill_(7.0)
+    assert bool((local.shards[0].data == 7.0).all())

@@ -1,0 +1,403 @@
+"""From two trainer ranks into a live engine process over Ray NIXL, and every way to get it wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+import ray
+import torch
+
+from rdt_core import WeightSync
+from rdt_core.errors import (
+    ConfigError,
+    EngineRefusedError,
+    EngineUnreachableError,
+    GroupInUseError,
+    InvalidVersionError,
+    MissingTrainerRankError,
+    ModelMismatchError,
+    NotPublishedError,
+    PlanError,
+    RdtError,
+    StaleVersionError,
+    UnknownGroupError,
+    UpdateFailedError,
+    WindowMovedError,
+)
+
+from .toy_trainer import HIDDEN, SHAPES, kill_process, start_trainers, values_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+TIMEOUT_S = 60.0
+BAD_INPUT_DEADLINE_S = 10.0
+
+
+def get(refs: Any) -> Any:
+    return ray.get(refs, timeout=TIMEOUT_S)
+
+
+def fingerprint(url: str) -> dict[str, str]:
+    return dict(httpx.get(f"{url}/fingerprint", timeout=TIMEOUT_S).json())
+
+
+def expected_fingerprint(version: int, dtype: torch.dtype = torch.float32, vocab: int = 100) -> dict[str, str]:
+    """What the toy engine holds after a version has landed, made without any of our code on the way."""
+    tensors = {name: values_of(name, shape, version, torch.float32).to(dtype) for name, shape in SHAPES.items()}
+    embed = torch.zeros(128, HIDDEN, dtype=dtype)
+    embed[:vocab] = tensors["embed.weight"]
+    parameters = {
+        "embed": embed,
+        "qkv": torch.cat([tensors[f"{n}.weight"] for n in "qkv"]),
+        "norm": tensors["norm.weight"],
+        "head": embed,
+    }
+    return {
+        name: hashlib.sha256(t.view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, t in parameters.items()
+    }
+
+
+@dataclass
+class Trainers:
+    """Attached trainer ranks."""
+
+    group: str
+    ranks: list[Any]
+    pids: list[int]
+
+    def write_and_publish(self, version: int) -> None:
+        get([rank.write.remote(version) for rank in self.ranks])
+        get([rank.publish.remote(version) for rank in self.ranks])
+
+
+@pytest.fixture
+def trainers(ray_cluster: str, group: str) -> Iterator[Trainers]:
+    """Two ranks that hold the toy model in fp32."""
+    assert ray_cluster
+    ranks = start_trainers(2)
+    yield Trainers(group, ranks, get([rank.attach.remote(group) for rank in ranks]))
+    for rank in ranks:
+        ray.kill(rank)
+
+
+@pytest.fixture(scope="module")
+def engine(start_toy_engine: Callable[..., str]) -> str:
+    """An fp32 toy engine, used by many tests one after another."""
+    return start_toy_engine()
+
+
+def test_every_version_lands_whole_and_the_report_counts_its_bytes(trainers: Trainers, engine: str) -> None:
+    with WeightSync.connect(trainers.group, engines=[engine]) as sync:
+        for version in (1, 2, 5):
+            trainers.write_and_publish(version)
+            report = sync.update(version=version)
+            assert fingerprint(engine) == expected_fingerprint(version)
+            assert report.version == sync.version == version
+            assert report.num_tensors == len(SHAPES)
+            assert report.nbytes == 4 * (100 * HIDDEN + 3 * HIDDEN * HIDDEN + HIDDEN)
+            assert 0 < report.commit_s <= report.stall_s <= report.total_s
+            verified = sync.verify()
+            assert verified.bytes_equal
+            assert verified.nbytes == report.nbytes
+
+
+def test_verify_names_the_tensor_whose_bytes_differ(trainers: Trainers, engine: str) -> None:
+    with WeightSync.connect(trainers.group, engines=[engine]) as sync:
+        trainers.write_and_publish(1)
+        sync.update(version=1)
+        get(trainers.ranks[1].write.remote(2))
+        report = sync.verify()
+        assert not report.bytes_equal
+        assert len(report.mismatched) == len(SHAPES)
+        assert f"{engine}: k.weight" in report.mismatched
+
+
+def test_two_engines_of_different_dtype_follow_one_publish(
+    trainers: Trainers, engine: str, start_toy_engine: Callable[..., str]
+) -> None:
+    narrow = start_toy_engine("--dtype", "bfloat16")
+    with WeightSync.connect(trainers.group, engines=[engine, narrow]) as sync:
+        trainers.write_and_publish(1)
+        sync.update(version=1)
+        assert fingerprint(engine) == expected_fingerprint(1)
+        assert fingerprint(narrow) == expected_fingerprint(1, torch.bfloat16)
+        assert sync.verify().bytes_equal
+
+
+def test_bf16_trainers_are_widened_for_an_fp32_engine(ray_cluster: str, group: str, engine: str) -> None:
+    assert ray_cluster
+    ranks = start_trainers(2, dtype="bfloat16")
+    get([rank.attach.remote(group) for rank in ranks])
+    trainers = Trainers(group, ranks, [])
+    with WeightSync.connect(group, engines=[engine]) as sync:
+        trainers.write_and_publish(1)
+        sync.update(version=1)
+        assert sync.verify().bytes_equal
+    wanted = values_of("norm.weight", (HIDDEN,), 1, torch.bfloat16).float()
+    assert fingerprint(engine)["norm"] == hashlib.sha256(wanted.numpy().tobytes()).hexdigest()
+
+
+def test_an_engine_behind_a_key_is_reached_with_it_and_refuses_without(
+    trainers: Trainers, start_toy_engine: Callable[..., str]
+) -> None:
+    guarded = start_toy_engine("--api-key", "k1", "--api-key", "k2")
+    for key in (None, "wrong"):
+        with pytest.raises(EngineRefusedError, match="401") as caught:
+            WeightSync.connect(trainers.group, engines=[guarded], api_key=key)
+        assert "wrong" not in str(caught.value)
+    with WeightSync.connect(trainers.group, engines=[guarded], api_key="k2") as sync:
+        trainers.write_and_publish(1)
+        assert sync.update(version=1).version == 1
+
+
+def test_a_trainer_rank_killed_before_the_read_leaves_the_old_version_serving(
+    trainers: Trainers, engine: str
+) -> None:
+    with WeightSync.connect(trainers.group, engines=[engine]) as sync:
+        trainers.write_and_publish(1)
+        sync.update(version=1)
+        trainers.write_and_publish(2)
+        kill_process(trainers.pids[1])
+        with pytest.raises(UpdateFailedError, match="trainer rank 1"):
+            sync.update(version=2)
+        assert fingerprint(engine) == expected_fingerprint(1)
+
+
+def test_a_failed_sync_costs_the_next_group_nothing(trainers: Trainers, engine: str, ray_cluster: str) -> None:
+    assert ray_cluster
+    sync = WeightSync.connect(trainers.group, engines=[engine])
+    trainers.write_and_publish(1)
+    kill_process(trainers.pids[0])
+    with pytest.raises(UpdateFailedError):
+        sync.update(version=1)
+    sync.close()
+    ranks = start_trainers(2)
+    again = Trainers(f"{trainers.group}-again", ranks, [])
+    get([rank.attach.remote(again.group) for rank in ranks])
+    with WeightSync.connect(again.group, engines=[engine]) as sync:
+        again.write_and_publish(1)
+        sync.update(version=1)
+        assert fingerprint(engine) == expected_fingerprint(1)
+
+
+def test_publishing_again_while_a_version_is_read_is_an_error_not_a_mix(trainers: Trainers, engine: str) -> None:
+    with WeightSync.connect(trainers.group, engines=[engine]) as sync:
+        trainers.write_and_publish(1)
+        sync.update(version=1)
+        trainers.write_and_publish(2)
+        trainers.write_and_publish(3)
+        with pytest.raises(RdtError, match="replaced by 3"):
+            sync.update(version=2)
+        assert fingerprint(engine) == expected_fingerprint(1)
+        sync.update(version=3)
+        assert fingerprint(engine) == expected_fingerprint(3)
+
+
+def test_memory_that_moved_since_attach_is_refused_at_publish(trainers: Trainers) -> None:
+    get(trainers.ranks[0].publish.remote(1))
+    get(trainers.ranks[0].move_memory.remote())
+    with pytest.raises(WindowMovedError, match="embed.weight"):
+        get(trainers.ranks[0].publish.remote(2))
+
+
+@dataclass
+class Refusal:
+    """Checks that bad input is refused in time and changes nothing in the engine."""
+
+    engine: str
+
+    def __enter__(self) -> None:
+        self._before, self._started = fingerprint(self.engine), time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        assert time.monotonic() - self._started < BAD_INPUT_DEADLINE_S
+        assert fingerprint(self.engine) == self._before
+
+
+def test_an_unknown_group_is_refused(ray_cluster: str, engine: str) -> None:
+    assert ray_cluster
+    with Refusal(engine), pytest.raises(UnknownGroupError, match="nobody"):
+        WeightSync.connect("nobody", engines=[engine])
+
+
+def test_a_missing_trainer_rank_is_refused_by_number(ray_cluster: str, group: str, engine: str) -> None:
+    assert ray_cluster
+    ranks = start_trainers(2)
+    get(ranks[0].attach.remote(group))
+    with Refusal(engine), pytest.raises(MissingTrainerRankError) as caught:
+        WeightSync.connect(group, engines=[engine])
+    assert caught.value.missing == (1,)
+
+
+def test_a_second_publisher_under_one_name_is_refused(trainers: Trainers, engine: str) -> None:
+    second = start_trainers(2)
+    with Refusal(engine), pytest.raises(GroupInUseError):
+        get(second[0].attach.remote(trainers.group))
+
+
+def test_an_engine_without_the_flag_is_refused(trainers: Trainers, start_toy_engine: Callable[..., str]) -> None:
+    plain = start_toy_engine("--without-weight-sync")
+    with Refusal(plain), pytest.raises(EngineRefusedError, match="--weight-sync rdt"):
+        WeightSync.connect(trainers.group, engines=[plain])
+
+
+def test_an_address_where_nothing_listens_is_refused(trainers: Trainers, engine: str) -> None:
+    with Refusal(engine), pytest.raises(EngineUnreachableError):
+        WeightSync.connect(trainers.group, engines=["http://127.0.0.1:9"])
+
+
+def test_one_engine_that_fails_to_connect_leaves_none_connected(trainers: Trainers, engine: str) -> None:
+    with Refusal(engine), pytest.raises(EngineUnreachableError):
+        WeightSync.connect(trainers.group, engines=[engine, "http://127.0.0.1:9"])
+    assert httpx.get(f"{engine}/rdt/status", timeout=TIMEOUT_S).json()["ranks"][0]["group"] is None
+
+
+@pytest.mark.parametrize(
+    ("shapes", "named"),
+    [
+        ({**SHAPES, "q.weight": (HIDDEN, HIDDEN + 2)}, "q.weight"),
+        ({**SHAPES, "embed.weight": (101, HIDDEN)}, "embed.weight"),
+        ({**SHAPES, "other.weight": (HIDDEN,)}, "other.weight"),
+        ({name: shape for name, shape in SHAPES.items() if name != "v.weight"}, "qkv"),
+    ],
+    ids=["another shape", "another vocabulary", "another name", "one tensor fewer"],
+)
+def test_another_model_is_refused_with_the_tensor_that_differs(
+    ray_cluster: str, group: str, engine: str, shapes: dict[str, tuple[int, ...]], named: str
+) -> None:
+    assert ray_cluster
+    ranks = start_trainers(2, shapes=shapes)
+    get([rank.attach.remote(group) for rank in ranks])
+    with Refusal(engine), pytest.raises((ModelMismatchError, PlanError), match=named):
+        WeightSync.connect(group, engines=[engine])
+
+
+def test_versions_that_do_not_grow_or_are_no_versions_are_refused(trainers: Trainers, engine: str) -> None:
+    with WeightSync.connect(trainers.group, engines=[engine]) as sync:
+        trainers.write_and_publish(3)
+        sync.update(version=3)
+        with Refusal(engine):
+            with pytest.raises(StaleVersionError):
+                sync.update(version=3)
+            with pytest.raises(InvalidVersionError):
+                sync.update(version=0)
+            with pytest.raises(StaleVersionError):
+                get(trainers.ranks[0].publish.remote(3))
+            with pytest.raises(InvalidVersionError):
+                get(trainers.ranks[0].publish.remote(-1))
+
+
+def test_a_version_that_is_not_published_is_refused_with_the_late_ranks(trainers: Trainers, engine: str) -> None:
+    with WeightSync.connect(trainers.group, engines=[engine]) as sync:
+        get(trainers.ranks[0].publish.remote(1))
+        with Refusal(engine), pytest.raises(NotPublishedError) as caught:
+            sync.update(version=1, timeout_s=1.0)
+        assert caught.value.missing == (1,)
+
+
+def test_a_transport_that_does_not_exist_is_refused(trainers: Trainers, engine: str) -> None:
+    with Refusal(engine), pytest.raises(RdtError, match="pigeon"):
+        WeightSync.connect(trainers.group, engines=[engine], transport="pigeon")
+
+
+def test_a_list_of_engines_that_is_empty_or_names_one_twice_is_refused(trainers: Trainers, engine: str) -> None:
+    for engines in ([], [engine, engine]):
+        with Refusal(engine), pytest.raises(ConfigError):
+            WeightSync.connect(trainers.group, engines=engines)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"[]", b"not json", b'{"version": "1"}', b'{"version": true}', b'{"version": 1, "timeout_s": -1}', b"{}"],
+)
+def test_a_malformed_control_request_is_a_4xx_with_a_sentence(engine: str, body: bytes) -> None:
+    with Refusal(engine):
+        response = httpx.post(f"{engine}/rdt/prepare", content=body, timeout=TIMEOUT_S)
+    assert response.status_code in (400, 409)
+    assert response.json()
+
+
+def test_an_oversized_control_request_is_refused(engine: str) -> None:
+    with Refusal(engine):
+        response = httpx.post(f"{engine}/rdt/prepare", content=b"x" * 2**20, timeout=TIMEOUT_S)
+    assert response.status_code == 413
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a script as a process that has not joined Ray."""
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**plain, **env},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+CONNECT = """
+    import time
+    import ray, torch
+    from rdt_core import WeightSync
+    started = time.monotonic()
+    try:
+        WeightSync.connect("policy", engines=["http://127.0.0.1:9"])
+    except Exception as error:
+        print(type(error).__name__, error)
+        assert time.monotonic() - started < 10
+"""
+
+
+def test_a_cluster_that_is_not_there_is_reported_in_time() -> None:
+    done = run_python(CONNECT, RAY_ADDRESS="127.0.0.1:9")
+    assert done.stdout.startswith("NoRayClusterError"), done.stderr
+    assert "ray start" in done.stdout
+
+
+def test_a_wrong_token_is_reported_with_what_to_set(ray_cluster: str, tmp_path_factory: Any) -> None:
+    token = tmp_path_factory.mktemp("token") / "wrong"
+    token.write_text("0" * 64)
+    done = run_python(CONNECT, RAY_ADDRESS=ray_cluster, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+    assert done.stdout.startswith("RayAuthError"), done.stderr
+    assert "RAY_AUTH_TOKEN_PATH" in done.stdout
+    assert "0000" not in done.stdout + done.stderr
+
+
+def test_a_token_file_that_is_not_there_is_reported_and_does_not_abort(ray_cluster: str) -> None:
+    done = run_python(CONNECT, RAY_ADDRESS=ray_cluster, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH="/nowhere")
+    assert done.returncode == 0
+    assert done.stdout.startswith("RayAuthError"), done.stderr
+
+
+def test_a_missing_nixl_is_reported_with_the_command_that_installs_it() -> None:
+    done = run_python(
+        """
+        import sys
+
+        class Hide:
+            def find_spec(self, name, path=None, target=None):
+                if name == "nixl" or name.startswith("nixl."):
+                    raise ModuleNotFoundError(name)
+
+        sys.meta_path.insert(0, Hide())
+        from rdt_core.transports import make_transport
+        try:
+            make_transport("nixl")
+        except Exception as error:
+            print(type(error).__name__, error)
+        """
+    )
+    assert done.stdout.startswith("TransportUnavailableError"), done.stderr
+    assert "pip install" in done.stdout
