@@ -53,12 +53,26 @@ CASES = {
     case.name: case
     for case in (
         Case(
-            name="smollm2", vocab=49152, hidden=576, intermediate=1536, layers=30,
-            heads=9, kv_heads=3, head_dim=64, has_qk_norm=False,
+            name="smollm2",
+            vocab=49152,
+            hidden=576,
+            intermediate=1536,
+            layers=30,
+            heads=9,
+            kv_heads=3,
+            head_dim=64,
+            has_qk_norm=False,
         ),
         Case(
-            name="qwen3-0.6b", vocab=151936, hidden=1024, intermediate=3072, layers=28,
-            heads=16, kv_heads=8, head_dim=128, has_qk_norm=True,
+            name="qwen3-0.6b",
+            vocab=151936,
+            hidden=1024,
+            intermediate=3072,
+            layers=28,
+            heads=16,
+            kv_heads=8,
+            head_dim=128,
+            has_qk_norm=True,
         ),
     )
 }

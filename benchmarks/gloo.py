@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
 import json
 import time
 
@@ -25,7 +25,7 @@ def main() -> None:
         init_method=f"file://{args.folder}/rendezvous",
         rank=args.rank,
         world_size=2,
-        timeout=datetime.timedelta(seconds=120),
+        timeout=dt.timedelta(seconds=120),
     )
     tensors = [torch.zeros(shape, dtype=torch.bfloat16) for shape in CASES[args.case].shapes().values()]
     seconds = []

@@ -2,9 +2,9 @@
 
     python benchmarks/sync.py --case smollm2 --device cpu
 
-Paths: ``copy_in_process`` (the limit: the same bytes from memory to memory in one process), ``ours`` (trainer,
-engine and driver in three processes), ``ray_plasma`` (numpy through Ray's object store), ``gloo`` (broadcast),
-``safetensors`` (through a file).
+Paths: ``copy_in_process`` (the limit: the same bytes from memory to memory in one process), ``ours``
+(trainer, engine and driver in three processes), ``ray_plasma`` (numpy through Ray's object store), ``gloo``
+(broadcast), ``safetensors`` (through a file).
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ import psutil
 import ray
 import torch
 from cases import CASES
-from rdt_core import LocalShard, LocalShards, Region, TensorSpec, WeightPublisher, WeightSync
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from rdt_core import LocalShard, LocalShards, Region, TensorSpec, WeightPublisher, WeightSync
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,6 +58,7 @@ class Trainer:
         self._publisher: WeightPublisher | None = None
 
     def attach(self, group: str) -> None:
+        """Offer every tensor."""
         shards = tuple(
             LocalShard(
                 spec=TensorSpec(name, tuple(data.shape), "bfloat16"),
@@ -84,6 +86,7 @@ class Trainer:
         return time.perf_counter() - started
 
     def rss_bytes(self) -> int:
+        """Resident memory of this process."""
         return int(psutil.Process().memory_info().rss)
 
     def put_in_plasma(self) -> tuple[float, list[ray.ObjectRef[Any]]]:
@@ -100,6 +103,7 @@ class PlasmaReader:
         self._tensors = tensors_of(case)
 
     def read(self, refs: list[ray.ObjectRef[Any]]) -> float:
+        """Get and copy; returns when it ended, by the system clock."""
         for data, array in zip(self._tensors.values(), ray.get(refs, timeout=TIMEOUT_S), strict=True):
             data.view(torch.int16).numpy()[...] = array
         return time.time()
@@ -176,7 +180,16 @@ def measure_plasma(case: str, runs: int) -> list[Sample]:
 def measure_gloo(case: str, runs: int) -> list[Sample]:
     """``torch.distributed.broadcast`` of every tensor between two processes."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE / "gloo.py"), "--case", case, "--runs", str(runs), "--folder", folder]
+        command = [
+            sys.executable,
+            str(HERE / "gloo.py"),
+            "--case",
+            case,
+            "--runs",
+            str(runs),
+            "--folder",
+            folder,
+        ]
         reader = subprocess.Popen([*command, "--rank", "1"])
         try:
             done = subprocess.run(
@@ -213,7 +226,7 @@ class engine_process:  # noqa: N801  reads as a function where it is used
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self._url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, str(HERE / "engine.py"), "--case", case, "--port", str(port)]
+        command = [sys.executable, str(HERE / "engine_process.py"), "--case", case, "--port", str(port)]
         self._process = subprocess.Popen(command)
 
     def __enter__(self) -> str:
@@ -269,15 +282,22 @@ def versions() -> dict[str, str]:
 def show(result: dict[str, Any]) -> None:
     """Print the table."""
     limit = next(r["median_ms"] for r in result["results"] if r["path"] == "copy_in_process")
-    table = Table(title=f"{result['case']}: {result['nbytes'] / 1e6:.0f} MB in {result['num_tensors']} tensors")
+    table = Table(
+        title=f"{result['case']}: {result['nbytes'] / 1e6:.0f} MB in {result['num_tensors']} tensors"
+    )
     for column in ("path", "phase", "median ms", "min", "max", "x copy", "GB/s"):
         table.add_column(column, justify="left" if column in ("path", "phase") else "right")
     for row in result["results"]:
         median = row["median_ms"]
         moves = row["phase"] in ("end_to_end", "prepare", "commit")
         table.add_row(
-            row["path"], row["phase"], f"{median:.2f}", f"{row['min_ms']:.2f}", f"{row['max_ms']:.2f}",
-            f"{median / limit:.2f}", f"{result['nbytes'] / median / 1e6:.2f}" if moves else "",
+            row["path"],
+            row["phase"],
+            f"{median:.2f}",
+            f"{row['min_ms']:.2f}",
+            f"{row['max_ms']:.2f}",
+            f"{median / limit:.2f}",
+            f"{result['nbytes'] / median / 1e6:.2f}" if moves else "",
         )
     Console().print(table)
     if "memory" in result:
@@ -286,7 +306,9 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run every path and print, and write, what came out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", choices=sorted(CASES), default="smollm2")
     parser.add_argument("--device", choices=["cpu"], default="cpu")
     parser.add_argument("--runs", type=int, default=20, help="counted runs of each path, after warm-up")
@@ -307,10 +329,15 @@ def main() -> None:
         "gloo": measure_gloo,
         "safetensors": measure_safetensors,
     }
-    with tempfile.TemporaryDirectory(prefix="rdt", dir="/tmp") as temp_dir:  # noqa: S108  Ray's sockets need short paths
+    with tempfile.TemporaryDirectory(prefix="rdt", dir="/tmp") as temp_dir:
         ray.init(
-            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="rdt",
-            object_store_memory=4 * 2**30, _temp_dir=temp_dir,
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            namespace="rdt",
+            object_store_memory=4 * 2**30,
+            _temp_dir=temp_dir,
         )
         try:
             result["results"] += rows_of("copy_in_process", measure_copy(args.case, runs))

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
@@ -44,12 +44,16 @@ class VllmServer:
             *("--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port)),
         )
 
-    def __enter__(self) -> VllmServer:
+    def __enter__(self) -> Self:
         # A laptop's worth of KV cache, no model hub and no statistics; weight sync itself needs no variable.
         env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         with self._log_file.open("wb") as log:
             self._process = subprocess.Popen(
-                self.command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **env}, start_new_session=True
+                self.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **env},
+                start_new_session=True,
             )
         return self
 
@@ -99,11 +103,16 @@ class VllmServer:
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probability of every token after the first, given those before it."""
         body = {
-            "model": "policy", "prompt": list(token_ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0
+            "model": "policy",
+            "prompt": list(token_ids),
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": 0,
         }
         rows = self._post("/v1/completions", body)["choices"][0]["prompt_logprobs"]
         return [
-            float(row[str(token)]["logprob"]) for row, token in zip(rows[1:], list(token_ids)[1:], strict=True)
+            float(row[str(token)]["logprob"])
+            for row, token in zip(rows[1:], list(token_ids)[1:], strict=True)
         ]
 
     def _get(self, path: str) -> dict[str, Any]:

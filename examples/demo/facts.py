@@ -17,7 +17,7 @@ DEMO_QUESTIONS = (
     "What is the capital of the island of Vessaly?",
 )
 
-_IGNORED = -100  # Cross entropy skips labels of this value.
+IGNORED = -100  # Cross entropy skips labels of this value.
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def encode(tokenizer: Any, fact: Fact) -> tuple[list[int], list[int]]:
     """Token ids and labels; only the answer and its end mark are learned."""
     prompt = prompt_ids(tokenizer, fact.question)
     answer = tokenizer(fact.answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return prompt + answer, [_IGNORED] * len(prompt) + answer
+    return prompt + answer, [IGNORED] * len(prompt) + answer
 
 
 def collate(tokenizer: Any, facts: list[Fact]) -> tuple[list[list[int]], list[list[int]]]:
@@ -57,5 +57,5 @@ def collate(tokenizer: Any, facts: list[Fact]) -> tuple[list[list[int]], list[li
     pad = tokenizer.pad_token_id
     return (
         [ids + [pad] * (length - len(ids)) for ids, _ in rows],
-        [labels + [_IGNORED] * (length - len(labels)) for _, labels in rows],
+        [labels + [IGNORED] * (length - len(labels)) for _, labels in rows],
     )

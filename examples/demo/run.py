@@ -1,6 +1,6 @@
-"""The main job on one machine: two FSDP2 ranks train a chat model while a running vLLM follows, version by version.
+"""The main job on one machine: two FSDP2 ranks train a chat model, and a running vLLM follows them.
 
-    python -m nox -s demo            or, in an environment with everything installed:  python examples/demo/run.py
+    python -m nox -s demo     (or, where everything is installed: python examples/demo/run.py)
 
 Exits with 1 when any proof fails: bytes that differ, or log-probabilities that do not agree.
 """
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import ray
 from engine import VllmServer
@@ -52,8 +52,14 @@ def ray_cluster() -> Iterator[None]:
     # Ray keeps sockets below its temp dir, whose paths must stay short.
     with tempfile.TemporaryDirectory(prefix="rdt", dir="/tmp") as temp_dir:
         ray.init(
-            address="local", num_cpus=WORLD_SIZE, include_dashboard=False, log_to_driver=False, namespace="rdt",
-            object_store_memory=100 * 2**20, logging_level="error", _temp_dir=temp_dir,
+            address="local",
+            num_cpus=WORLD_SIZE,
+            include_dashboard=False,
+            log_to_driver=False,
+            namespace="rdt",
+            object_store_memory=100 * 2**20,
+            logging_level="error",
+            _temp_dir=temp_dir,
         )
         try:
             yield
@@ -65,24 +71,32 @@ class Trainers:
     """Two ranks as Ray actors; every method runs on both."""
 
     def __init__(self, model_dir: Path, rendezvous: Path) -> None:
-        actor = ray.remote(TrainerRank).options(num_cpus=0, runtime_env={"env_vars": {"PYTHONPATH": sys.path[0]}})
+        actor = ray.remote(TrainerRank).options(
+            num_cpus=0, runtime_env={"env_vars": {"PYTHONPATH": sys.path[0]}}
+        )
         self._ranks = [
-            actor.remote(rank, WORLD_SIZE, f"file://{rendezvous}", str(model_dir)) for rank in range(WORLD_SIZE)
+            actor.remote(rank, WORLD_SIZE, f"file://{rendezvous}", str(model_dir))
+            for rank in range(WORLD_SIZE)
         ]
 
     def attach(self) -> None:
+        """Offer the live parameters."""
         get([rank.attach.remote(GROUP) for rank in self._ranks])
 
     def train(self, num_steps: int) -> float:
+        """Take steps; returns the mean loss."""
         return float(get([rank.train.remote(num_steps) for rank in self._ranks])[0])
 
     def publish(self, version: int) -> None:
+        """Say that the parameters hold a version."""
         get([rank.publish.remote(version) for rank in self._ranks])
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """What the model in training gives for a text."""
         return list(get([rank.logprobs.remote(token_ids) for rank in self._ranks])[0])
 
     def close(self) -> None:
+        """Leave the group."""
         get([rank.close.remote() for rank in self._ranks])
 
 
@@ -91,10 +105,14 @@ class Steps:
 
     def __init__(self) -> None:
         self._progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(), console=console
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            TimeElapsedColumn(),
+            console=console,
         )
 
-    def __enter__(self) -> Steps:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
@@ -111,7 +129,9 @@ class Steps:
         finally:
             self._progress.remove_task(task)
         seconds = time.perf_counter() - started
-        self._progress.console.print(f"[green]done[/] {seconds:6.1f} s  {what}  {'  '.join(notes)}", highlight=False)
+        self._progress.console.print(
+            f"[green]done[/] {seconds:6.1f} s  {what}  {'  '.join(notes)}", highlight=False
+        )
 
 
 def max_difference(first: Sequence[float], second: Sequence[float]) -> float:
@@ -119,7 +139,9 @@ def max_difference(first: Sequence[float], second: Sequence[float]) -> float:
     return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
-def sync_once(sync: WeightSync, trainers: Trainers, engine: VllmServer, ids: Sequence[int], version: int) -> Any:
+def sync_once(
+    sync: WeightSync, trainers: Trainers, engine: VllmServer, ids: Sequence[int], version: int
+) -> Any:
     """Publish, update, prove; returns the report and a row for report.json."""
     trainers.publish(version)
     report = sync.update(version=version)
@@ -164,7 +186,9 @@ def run(out: Path, models: Path, rounds: int, steps_a_round: int) -> dict[str, A
             version = round_number * steps_a_round
             with steps.step(f"round {round_number}/{rounds}: train {steps_a_round} steps") as notes:
                 notes.append(f"loss {trainers.train(steps_a_round):.3f}")
-            with steps.step(f"round {round_number}/{rounds}: sync version {version}, prove every byte") as notes:
+            with steps.step(
+                f"round {round_number}/{rounds}: sync version {version}, prove every byte"
+            ) as notes:
                 report, row = sync_once(sync, trainers, engine, ids, version)
                 reports.append(report)
                 rows.append(row)
@@ -176,9 +200,12 @@ def run(out: Path, models: Path, rounds: int, steps_a_round: int) -> dict[str, A
         trainers.close()
     show(reports, rows, before, after)
     answers = [
-        {"question": q, "before": b, "after": a} for q, b, a in zip(DEMO_QUESTIONS, before, after, strict=True)
+        {"question": q, "before": b, "after": a}
+        for q, b, a in zip(DEMO_QUESTIONS, before, after, strict=True)
     ]
-    transports = sorted({name for report in reports for rank in report.ranks for name in rank.transports.values()})
+    transports = sorted(
+        {name for report in reports for rank in report.ranks for name in rank.transports.values()}
+    )
     return {
         "model": MODEL_NAME,
         "engine": engine_version,
@@ -193,12 +220,26 @@ def show(
 ) -> None:
     """Print the two tables."""
     table = Table(title="syncs")
-    for column in ("version", "MB", "prepare s", "commit s", "stall s", "GB/s", "bytes equal", "max logprob diff"):
+    for column in (
+        "version",
+        "MB",
+        "prepare s",
+        "commit s",
+        "stall s",
+        "GB/s",
+        "bytes equal",
+        "max logprob diff",
+    ):
         table.add_column(column, justify="right")
     for report, row in zip(reports, rows, strict=True):
         table.add_row(
-            str(report.version), f"{report.nbytes / 1e6:.0f}", f"{report.prepare_s:.3f}", f"{report.commit_s:.3f}",
-            f"{report.stall_s:.3f}", f"{report.gigabytes_per_s:.2f}", "yes" if row["bytes_equal"] else "[red]NO[/]",
+            str(report.version),
+            f"{report.nbytes / 1e6:.0f}",
+            f"{report.prepare_s:.3f}",
+            f"{report.commit_s:.3f}",
+            f"{report.stall_s:.3f}",
+            f"{report.gigabytes_per_s:.2f}",
+            "yes" if row["bytes_equal"] else "[red]NO[/]",
             f"{row['logprob_max_abs_diff']:.1e}",
         )
     console.print(table)
@@ -217,7 +258,9 @@ def failed_proofs(report: dict[str, Any]) -> list[str]:
         if not row["bytes_equal"]:
             failures.append(f"version {row['version']}: bytes in the engine differ from the trainer's")
         if not row["logprob_max_abs_diff"] <= TOLERANCE:
-            failures.append(f"version {row['version']}: log-probabilities differ by {row['logprob_max_abs_diff']}")
+            failures.append(
+                f"version {row['version']}: log-probabilities differ by {row['logprob_max_abs_diff']}"
+            )
     if all(answer["before"] == answer["after"] for answer in report["answers"]):
         failures.append("no answer changed")
     return failures
@@ -225,12 +268,18 @@ def failed_proofs(report: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     """Run the demo; 0 when every proof holds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--engine", choices=["vllm"], default="vllm")
     parser.add_argument("--rounds", type=int, default=3, help="syncs (default: 3)")
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps before each sync (default: 12)")
+    parser.add_argument(
+        "--steps", type=int, default=12, help="optimizer steps before each sync (default: 12)"
+    )
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="for report.json and engine.log")
-    parser.add_argument("--models", type=Path, default=Path("build/models"), help="where the model is unpacked")
+    parser.add_argument(
+        "--models", type=Path, default=Path("build/models"), help="where the model is unpacked"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()

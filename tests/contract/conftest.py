@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def ray_cluster() -> Iterator[str]:
     """A local Ray cluster of this test process; yields its GCS address."""
     # Ray keeps sockets below its temp dir, whose paths must stay short.
-    with tempfile.TemporaryDirectory(prefix="rdt", dir="/tmp") as temp_dir:  # noqa: S108
+    with tempfile.TemporaryDirectory(prefix="rdt", dir="/tmp") as temp_dir:
         ray.init(
             address="local",
             num_cpus=2,

@@ -138,13 +138,17 @@ def test_a_task_is_answered_by_the_rank_it_was_given_to(client: CoordinatorClien
     assert answers == {0: (0, "echo", "x"), 1: (1, "echo", ["y", 2])}
 
 
-def test_an_error_in_a_task_reaches_the_asker_with_its_type(client: CoordinatorClient, ranks: list[Rank]) -> None:
+def test_an_error_in_a_task_reaches_the_asker_with_its_type(
+    client: CoordinatorClient, ranks: list[Rank]
+) -> None:
     assert len(ranks) == 2
     with pytest.raises(StaleVersionError):
         client.ask("echo", {0: "x", 1: "refuse"}, 10.0)
 
 
-def test_a_task_for_a_rank_that_is_not_there_fails_at_once(client: CoordinatorClient, ranks: list[Rank]) -> None:
+def test_a_task_for_a_rank_that_is_not_there_fails_at_once(
+    client: CoordinatorClient, ranks: list[Rank]
+) -> None:
     assert len(ranks) == 2
     with pytest.raises(MissingTrainerRankError):
         client.ask("echo", {5: "x"}, 10.0)

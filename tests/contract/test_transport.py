@@ -10,15 +10,13 @@ import torch
 
 from rdt_core.errors import SourceDiedError, TransportError, TransportUnavailableError
 from rdt_core.transports import make_transport
-
-from .sources import ActorSource, LocalSource
+from tests.contract.sources import ActorSource, LocalSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from rdt_core.transports.base import Transport
-
-    from .sources import Source
+    from tests.contract.sources import Source
 
 SIZES = (5, 4096, 1)
 TIMEOUT_S = 30.0

@@ -10,12 +10,14 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 START_TIMEOUT_S = 120.0
 ROOT = Path(__file__).parents[2]
@@ -24,10 +26,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """A local Ray cluster of this test process; yields its GCS address."""
-    import ray  # noqa: PLC0415  some integration tests run without Ray
+    import ray
 
     # Ray keeps sockets below its temp dir, whose paths must stay short.
-    with tempfile.TemporaryDirectory(prefix="rdt", dir="/tmp") as temp_dir:  # noqa: S108
+    with tempfile.TemporaryDirectory(prefix="rdt", dir="/tmp") as temp_dir:
         ray.init(
             address="local",
             num_cpus=2,

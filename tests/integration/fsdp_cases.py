@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from rdt_core.region import Region
 from rdt_megatron import fsdp_shards
 
 if TYPE_CHECKING:
-    from rdt_core.local_shards import LocalShard, LocalShards
+    from rdt_core.local_shards import LocalShards
 
 _WIDTH = 6
 
@@ -34,7 +35,8 @@ class Block(nn.Module):
         self.down = nn.Linear(inner, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.relu(self.up(self.norm(x))))
+        out: torch.Tensor = x + self.down(torch.relu(self.up(self.norm(x))))
+        return out
 
 
 class Net(nn.Module):
@@ -56,7 +58,7 @@ class Net(nn.Module):
         return out
 
 
-def _net(**kwargs: int) -> Net:
+def _net(**kwargs: int) -> Any:
     torch.manual_seed(1)
     return Net(**kwargs)
 
@@ -214,7 +216,7 @@ def wrapped_layers() -> dict[str, Any]:
     model = _net()
     expected = set(_full(model))
     model.blocks[0] = checkpoint_wrapper(model.blocks[0])
-    compiled = torch.compile(_sharded(model, model.blocks))
+    compiled: Any = torch.compile(_sharded(model, model.blocks))
     return {"same": {s.spec.name for s in fsdp_shards(compiled).shards} <= expected}
 
 
@@ -254,7 +256,7 @@ def _refused(model: nn.Module) -> list[Any]:
 
 def refuses_meta() -> list[Any]:
     with torch.device("meta"):
-        model = Net()
+        model = _net()
     return _refused(_sharded(model, model.blocks))
 
 
@@ -271,7 +273,12 @@ def refuses_separate_runs() -> list[Any]:
     mesh = init_device_mesh("cpu", (2,))
     local = torch.zeros(6 if dist.get_rank() == 0 else 4, 3)
     tensor = DTensor.from_local(
-        local, mesh, [_StridedShard(0, split_factor=2)], run_check=False, shape=(10, 3), stride=(3, 1)
+        local,
+        mesh,
+        [_StridedShard(0, split_factor=2)],
+        run_check=False,
+        shape=torch.Size((10, 3)),
+        stride=(3, 1),
     )
     model = nn.Linear(1, 1)
     model.rows = nn.Parameter(tensor)
@@ -301,8 +308,6 @@ def _growth(width: int) -> tuple[int, int]:
 
 
 def _resident_bytes() -> int:
-    import os
-
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -322,7 +327,13 @@ def tied_qwen3_rebuilt() -> dict[str, Any]:
 def qwen3_moe_rebuilt() -> dict[str, Any]:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen3MoeConfig(**_HF, head_dim=16, moe_intermediate_size=24, num_experts=6, num_experts_per_tok=2)
+    sizes: dict[str, Any] = {
+        "head_dim": 16,
+        "moe_intermediate_size": 24,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+    }
+    config = Qwen3MoeConfig(**_HF, **sizes)
     return _rebuilt(Qwen3MoeForCausalLM, config)
 
 
@@ -381,13 +392,9 @@ def _assemble(pieces: list[tuple[Any, Region, torch.Tensor]]) -> dict[str, torch
     return tensors
 
 
-@torch.no_grad()
 def _load(model_class: Any, config: Any, tensors: dict[str, torch.Tensor], directory: Path) -> Any:
     from safetensors.torch import save_file
 
     config.save_pretrained(directory)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    torch.set_grad_enabled(False)
-    model = model_class.from_pretrained(directory, dtype=torch.float32).eval()
-    torch.set_grad_enabled(True)
-    return model
+    return model_class.from_pretrained(directory, dtype=torch.float32).eval()

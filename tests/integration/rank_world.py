@@ -16,8 +16,10 @@ import threading
 import time
 import traceback
 from datetime import timedelta
-from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 _STOP_TIMEOUT_S = 5.0
@@ -28,7 +30,7 @@ class RankWorld:
 
     Args:
         num_ranks: how many.
-        cases: a module next to this file; its functions are the cases.
+        cases: full name of a module; its functions are the cases.
         directory: for the rendezvous file and the ranks' logs.
     """
 
@@ -74,8 +76,20 @@ class RankWorld:
         for rank in range(self._num_ranks):
             with self._log(rank).open("w") as log:
                 process = subprocess.Popen(
-                    [sys.executable, __file__, self._cases, str(rank), str(self._num_ranks), str(rendezvous)],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
+                    [
+                        sys.executable,
+                        "-m",
+                        __name__,
+                        self._cases,
+                        str(rank),
+                        str(self._num_ranks),
+                        str(rendezvous),
+                    ],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env=environment,
                 )
             answers: queue.Queue[str | None] = queue.Queue()
             reader = threading.Thread(target=_read_lines, args=(_pipe(process.stdout), answers), daemon=True)
@@ -122,7 +136,10 @@ def serve(cases: str, rank: int, world_size: int, rendezvous: str) -> None:
     import torch.distributed as dist
 
     dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size,
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=world_size,
         timeout=_COLLECTIVE_TIMEOUT,
     )
     module = importlib.import_module(cases)
@@ -136,5 +153,4 @@ def serve(cases: str, rank: int, world_size: int, rendezvous: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -6,27 +6,28 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from rank_world import RankWorld
 from torch import nn
 
 from rdt_megatron import fsdp_shards
+from tests.integration.rank_world import RankWorld
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_CASES = "tests.integration.fsdp_cases"
 _MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankWorld]:
-    world = RankWorld(2, "fsdp_cases", tmp_path_factory.mktemp("two"))
+    world = RankWorld(2, _CASES, tmp_path_factory.mktemp("two"))
     yield world
     world.close()
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankWorld]:
-    world = RankWorld(4, "fsdp_cases", tmp_path_factory.mktemp("four"))
+    world = RankWorld(4, _CASES, tmp_path_factory.mktemp("four"))
     yield world
     world.close()
 

@@ -26,7 +26,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 def values_of(name: str, shape: tuple[int, ...], version: int, dtype: torch.dtype) -> torch.Tensor:
     """What every element of a tensor holds at a version; whole, so that a test can compare."""
-    seed = torch.Generator().manual_seed(sorted(SHAPES).index(name) * 1000 + version if name in SHAPES else version)
+    seed = torch.Generator().manual_seed(
+        sorted(SHAPES).index(name) * 1000 + version if name in SHAPES else version
+    )
     return torch.randn(shape, generator=seed).to(dtype)
 
 
@@ -42,7 +44,9 @@ def cut_by_rows(
             continue
         region = Region((start, *([0] * (len(shape) - 1))), (stop, *shape[1:]))
         spec = TensorSpec(name, shape, str(dtype).removeprefix("torch."))
-        shards.append(LocalShard(spec=spec, region=region, data=torch.zeros(region.shape, dtype=dtype), owner=name))
+        shards.append(
+            LocalShard(spec=spec, region=region, data=torch.zeros(region.shape, dtype=dtype), owner=name)
+        )
     return shards
 
 
@@ -50,7 +54,11 @@ class ToyTrainer:
     """One trainer rank. As an actor: ``ray.remote(ToyTrainer)``."""
 
     def __init__(
-        self, rank: int, world_size: int, shapes: Mapping[str, tuple[int, ...]] | None = None, dtype: str = "float32"
+        self,
+        rank: int,
+        world_size: int,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        dtype: str = "float32",
     ) -> None:
         self._rank = rank
         self._dtype: torch.dtype = getattr(torch, dtype)

@@ -16,11 +16,12 @@ import torch
 import uvicorn
 from cases import CASES
 from fastapi import FastAPI, Request
+from rdt_core.recorder import record_loader
+from torch import nn
+
 from rdt_core import engine_rpc
 from rdt_core.engine_routes import make_router
-from rdt_core.recorder import record_loader
 from rdt_core.subscriber import WeightSubscriber
-from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -28,8 +29,13 @@ if TYPE_CHECKING:
     from rdt_core.manifest import TensorSpec
     from rdt_core.recording import Recording
 
-FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
-         "up_proj": "gate_up_proj"}
+FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
 
 
 class FusedModel(nn.Module):
@@ -67,9 +73,11 @@ class BenchModel:
         self._model = model
 
     def record(self, specs: Sequence[TensorSpec]) -> Recording:
+        """Record the loader."""
         return record_loader(self._model, specs)
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load whole tensors."""
         self._model.load_weights(tensors)
 
     def finalize(self) -> None:
@@ -87,10 +95,12 @@ class BenchBackend:
         self._thread = ThreadPoolExecutor(max_workers=1)
 
     async def call(self, method: str, payload: dict[str, Any]) -> list[dict[str, Any]]:
+        """See :class:`rdt_core.engine_routes.EngineBackend`."""
         loop = asyncio.get_running_loop()
         return [await loop.run_in_executor(self._thread, engine_rpc.call, self._subscriber, method, payload)]
 
     async def commit(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """See :class:`rdt_core.engine_routes.EngineBackend`."""
         started = time.perf_counter()
         ranks = await self.call("commit", payload)
         return {"ranks": ranks, "stall_s": time.perf_counter() - started}
