@@ -54,7 +54,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-MoE": ("Qwen3MoeConfig", {**EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": []}),
     "Mixtral": ("MixtralConfig", EXPERTS),
     "DeepSeek-V2-Lite": ("DeepseekV2Config", {**LATENT, "q_lora_rank": None, "topk_method": "greedy"}),
-    "DeepSeek-V3": ("DeepseekV3Config", {**LATENT, "q_lora_rank": 32}),
+    "DeepSeek-V3": ("DeepseekV3Config", {**LATENT, "q_lora_rank": 32, "topk_method": "noaux_tc"}),
     "Gemma 2": ("Gemma2Config", {"query_pre_attn_scalar": 32}),
     "Gemma 3": ("Gemma3TextConfig", {"query_pre_attn_scalar": 32}),
     "Phi-3": ("Phi3Config", {"hidden_size": 128}),

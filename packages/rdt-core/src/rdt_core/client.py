@@ -63,7 +63,9 @@ class RayChannel:
         import ray  # noqa: PLC0415  ray is loaded on first use, not on import
 
         options = {"name": actor_name(group), "namespace": NAMESPACE, "get_if_exists": True}
-        actor = ray.remote(_ActorCoordinator).options(**options, lifetime="detached", num_cpus=0).remote(group)
+        actor = (
+            ray.remote(_ActorCoordinator).options(**options, lifetime="detached", num_cpus=0).remote(group)
+        )
         return cls(group, actor)
 
     @classmethod
@@ -125,7 +127,9 @@ class LocalChannel:
             return future.result(timeout_s)
         except concurrent.futures.TimeoutError:
             future.cancel()
-            raise DeadlineError(f"the coordinator to answer {method}", timeout_s, "It is in this process.") from None
+            raise DeadlineError(
+                f"the coordinator to answer {method}", timeout_s, "It is in this process."
+            ) from None
 
     def end(self) -> None:
         """See :class:`Channel`."""
@@ -151,7 +155,8 @@ class CoordinatorClient:
     def attach(self, rank: int, world_size: int, instance: str, manifest: bytes) -> int:
         """Offer a trainer rank's manifest; returns the last version it published."""
         return cast(
-            "int", self._channel.call("attach", rank, world_size, instance, manifest, timeout_s=ATTACH_TIMEOUT_S)
+            "int",
+            self._channel.call("attach", rank, world_size, instance, manifest, timeout_s=ATTACH_TIMEOUT_S),
         )
 
     def next_tasks(self, rank: int, instance: str) -> list[TrainerTask]:
@@ -180,7 +185,9 @@ class CoordinatorClient:
 
     def manifests(self, timeout_s: float) -> list[bytes]:
         """Every trainer rank's manifest."""
-        return cast("list[bytes]", self._channel.call("manifests", timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S))
+        return cast(
+            "list[bytes]", self._channel.call("manifests", timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S)
+        )
 
     def ask(self, kind: str, payloads: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
         """Have trainer ranks do something and return their answers."""

@@ -214,7 +214,7 @@ class Coordinator:
         await self._notify()
 
     async def report_prepared(self, engine: str, rank: int, attempt: str, outcome: Outcome) -> None:
-        """How an engine rank's read ended. ``attempt`` is the name the driver gave to this try of a version."""
+        """How an engine rank's read ended. ``attempt`` is the driver's name for the try."""
         self._prepared[engine, rank] = (attempt, outcome)
         await self._notify()
 
@@ -245,11 +245,16 @@ class Coordinator:
             "group": self._group,
             "world_size": self._world_size,
             "trainers": {
-                rank: {"version": t.version, "silent_s": round(now - t.last_seen, 3), "alive": not self._is_silent(t)}
+                rank: {
+                    "version": t.version,
+                    "silent_s": round(now - t.last_seen, 3),
+                    "alive": not self._is_silent(t),
+                }
                 for rank, t in sorted(self._trainers.items())
             },
             "engines": [
-                {"engine": engine, "rank": rank, **info} for (engine, rank), info in sorted(self._engines.items())
+                {"engine": engine, "rank": rank, **info}
+                for (engine, rank), info in sorted(self._engines.items())
             ],
         }
 

@@ -20,12 +20,12 @@ def find_overlap(regions: Sequence[Region]) -> tuple[int, int] | None:
     Sorts and splits along one dim after the other, so that rows, columns, grids and nested grids take
     O(n log n); only arrangements that no straight cut separates are compared pair by pair.
     """
-    if len(regions) < 2:
+    if len(regions) <= 1:
         return None
     todo = [[index for index, region in enumerate(regions) if region.num_elements]]
     while todo:
         group = todo.pop()
-        if len(group) < 2:
+        if len(group) <= 1:
             continue
         parts = _separate(regions, group)
         if len(parts) > 1:
@@ -51,8 +51,10 @@ def find_uncovered(region: Region, pieces: Sequence[Region]) -> Region | None:
             continue
         if not parts:
             return box
-        for rest in reversed(list(_subtract(box, parts[len(parts) // 2]))):
-            todo.append((rest, [cut for part in parts if (cut := rest.intersect(part)) is not None]))
+        todo.extend(
+            (rest, [cut for part in parts if (cut := rest.intersect(part)) is not None])
+            for rest in reversed(list(_subtract(box, parts[len(parts) // 2])))
+        )
     return None
 
 

@@ -37,15 +37,15 @@ def node_name() -> str:
 def span_bytes(data: torch.Tensor) -> tuple[int, int]:
     """Half-open byte range that ``data`` touches in its storage."""
     itemsize = data.element_size()
-    start = data.storage_offset() * itemsize
-    last = sum((size - 1) * stride for size, stride in zip(data.shape, data.stride(), strict=True))
+    start = int(data.storage_offset()) * itemsize
+    last = sum((int(size) - 1) * int(stride) for size, stride in zip(data.shape, data.stride(), strict=True))
     return start, start + (last + 1) * itemsize if data.numel() else start
 
 
 def flat_bytes(data: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Bytes ``[start, stop)`` of the storage behind ``data`` as a live one-dimensional uint8 tensor."""
     out = torch.empty(0, dtype=torch.uint8, device=data.device)
-    out.set_(data.untyped_storage(), start, (stop - start,), (1,))  # type: ignore[call-overload]  # untyped overload
+    out.set_(data.untyped_storage(), start, (stop - start,), (1,))
     return out
 
 

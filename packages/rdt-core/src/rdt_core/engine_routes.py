@@ -143,7 +143,9 @@ def _answer(ranks: list[dict[str, Any]], **more: Any) -> JSONResponse:
     if not errors:
         return JSONResponse({"ranks": [answer["result"] for answer in ranks], **more})
     error = from_wire(errors[0])
-    return JSONResponse({"error": to_wire(error), "num_failed_ranks": len(errors)}, status_code=_status_of(error))
+    return JSONResponse(
+        {"error": to_wire(error), "num_failed_ranks": len(errors)}, status_code=_status_of(error)
+    )
 
 
 def _status_of(error: RdtError) -> int:

@@ -113,7 +113,9 @@ class UnsupportedEngineError(ConfigError):
         super().__init__(
             f"{engine} {version} has no {missing}, which weight sync hooks into. Install a version "
             "listed as supported in the adapter's documentation, or start without --weight-sync.",
-            engine, version, missing,
+            engine,
+            version,
+            missing,
         )
 
 
@@ -128,7 +130,8 @@ class WireFormatError(ManifestError):
         self.what, self.reason = what, reason
         super().__init__(
             f"cannot read {what}: {reason}. Check that both sides run the same rdt-core version.",
-            what, reason,
+            what,
+            reason,
         )
 
 
@@ -137,8 +140,9 @@ class UnsupportedLayoutError(ManifestError):
 
     def __init__(self, tensor: str, rank: int, reason: str, remedy: str) -> None:
         self.tensor, self.rank, self.reason, self.remedy = tensor, rank, reason, remedy
-        super().__init__(f"cannot export {tensor} of trainer rank {rank}: {reason}. {remedy}",
-                         tensor, rank, reason, remedy)
+        super().__init__(
+            f"cannot export {tensor} of trainer rank {rank}: {reason}. {remedy}", tensor, rank, reason, remedy
+        )
 
 
 class PlanError(RdtError):
@@ -153,7 +157,9 @@ class CoverageError(PlanError):
         super().__init__(
             f"no trainer rank holds {tensor}{needed}, which engine rank {engine_rank} needs. Check that "
             f"every rank attached its shards, and that the exporter has a rule for {tensor!r}.",
-            tensor, needed, engine_rank,
+            tensor,
+            needed,
+            engine_rank,
         )
 
 
@@ -166,7 +172,11 @@ class OverlapError(PlanError):
         super().__init__(
             f"{tensor}{first} of trainer rank {first_rank} overlaps {tensor}{second} of trainer rank "
             f"{second_rank}. Regions must be equal (replicas) or disjoint; check the exporter.",
-            tensor, first, first_rank, second, second_rank,
+            tensor,
+            first,
+            first_rank,
+            second,
+            second_rank,
         )
 
 
@@ -179,7 +189,11 @@ class DtypeError(PlanError):
         super().__init__(
             f"{tensor}{region} is {source} on trainer rank {trainer_rank} and {target} in the engine, and "
             f"there is no conversion between them. Start the engine with a dtype that {source} converts to.",
-            tensor, region, source, target, trainer_rank,
+            tensor,
+            region,
+            source,
+            target,
+            trainer_rank,
         )
 
 
@@ -191,7 +205,8 @@ class UnknownTensorError(PlanError):
         super().__init__(
             f"engine rank {engine_rank} needs {tensor!r}, which no trainer rank exports. Check that both "
             "sides run the same model, and the exporter's name rules.",
-            tensor, engine_rank,
+            tensor,
+            engine_rank,
         )
 
 
@@ -203,7 +218,10 @@ class ShapeError(PlanError):
         super().__init__(
             f"{tensor} is {got} on rank {rank}, expected {expected}. Check that every rank and the engine "
             "run the same model configuration.",
-            tensor, rank, got, expected,
+            tensor,
+            rank,
+            got,
+            expected,
         )
 
 
@@ -215,7 +233,8 @@ class ModelMismatchError(RdtError):
         super().__init__(
             f"the engine's loader refused {tensor!r}: {reason}. Trainer and engine must run the same model "
             "configuration; compare both config.json files (vocab_size, hidden sizes, layers).",
-            tensor, reason,
+            tensor,
+            reason,
         )
 
 
@@ -253,7 +272,8 @@ class UnsupportedLoaderError(ModelMismatchError):
             self,
             f"the engine's loader applies {operation} to {tensor!r}, which cannot be replayed by reads, and "
             "the adapter has no reload path for it. Report the model's name with this message.",
-            tensor, operation,
+            tensor,
+            operation,
         )
         self.tensor, self.operation = tensor, operation
 
@@ -270,7 +290,8 @@ class NoRayClusterError(SessionError):
         super().__init__(
             f"cannot join a Ray cluster at {address!r}: {reason}. Start one with `ray start --head`, or call "
             "ray.init(address=...) or set RAY_ADDRESS before this.",
-            address, reason,
+            address,
+            reason,
         )
 
 
@@ -295,7 +316,8 @@ class UnknownGroupError(SessionError):
         super().__init__(
             f"there is no sync group {group!r} in Ray namespace {namespace!r}. Call "
             "WeightPublisher.attach with this name in every trainer rank first.",
-            group, namespace,
+            group,
+            namespace,
         )
 
 
@@ -307,7 +329,8 @@ class GroupInUseError(SessionError):
         super().__init__(
             f"trainer rank {rank} of sync group {group!r} is already attached by another live process. "
             "Close that publisher, or attach under another group name.",
-            group, rank,
+            group,
+            rank,
         )
 
 
@@ -317,9 +340,13 @@ class MissingTrainerRankError(SessionError):
     def __init__(self, group: str, missing: tuple[int, ...], world_size: int, waited_s: float) -> None:
         self.group, self.missing, self.world_size, self.waited_s = group, tuple(missing), world_size, waited_s
         super().__init__(
-            f"sync group {group!r} lacks trainer ranks {list(missing)} of {world_size} after {waited_s:.1f} s. "
-            "Call WeightPublisher.attach in every rank; if they did, look for a dead trainer process.",
-            group, tuple(missing), world_size, waited_s,
+            f"sync group {group!r} lacks trainer ranks {list(missing)} of {world_size} after "
+            f"{waited_s:.1f} s. Call WeightPublisher.attach in every rank; if they did, look for a "
+            "dead trainer process.",
+            group,
+            tuple(missing),
+            world_size,
+            waited_s,
         )
 
 
@@ -343,7 +370,8 @@ class CoordinatorLostError(SessionError):
         super().__init__(
             f"the coordinator of sync group {group!r} is gone ({detail}). Engines serve what they last "
             "committed; attach the trainer ranks again and connect again.",
-            group, detail,
+            group,
+            detail,
         )
 
 
@@ -367,7 +395,9 @@ class StaleVersionError(VersionError):
         super().__init__(
             f"version {version} is not greater than {last}, the last one {where}. Versions only grow; "
             f"use {last + 1} or more.",
-            version, last, where,
+            version,
+            last,
+            where,
         )
 
 
@@ -377,9 +407,11 @@ class NotPublishedError(VersionError):
     def __init__(self, version: int, missing: tuple[int, ...], waited_s: float) -> None:
         self.version, self.missing, self.waited_s = version, tuple(missing), waited_s
         super().__init__(
-            f"trainer ranks {list(missing)} have not published version {version} after {waited_s:.1f} s. Call "
-            "publisher.publish(version=...) in every rank after optimizer.step().",
-            version, tuple(missing), waited_s,
+            f"trainer ranks {list(missing)} have not published version {version} after {waited_s:.1f} s. "
+            "Call publisher.publish(version=...) in every rank after optimizer.step().",
+            version,
+            tuple(missing),
+            waited_s,
         )
 
 
@@ -391,7 +423,8 @@ class NotPreparedError(VersionError):
         super().__init__(
             f"cannot commit version {version}: this engine rank has {prepared or 'nothing'} prepared. Call "
             "prepare with this version first, and wait for it.",
-            version, prepared,
+            version,
+            prepared,
         )
 
 
@@ -403,7 +436,8 @@ class SupersededError(VersionError):
         super().__init__(
             f"version {version} was replaced by {current} while it was being read, so the bytes read may mix "
             f"both. Nothing was committed; finish a sync before the next publish, or sync version {current}.",
-            version, current,
+            version,
+            current,
         )
 
 
@@ -416,7 +450,9 @@ class TransportUnavailableError(TransportError):
 
     def __init__(self, transport: str, reason: str, remedy: str) -> None:
         self.transport, self.reason, self.remedy = transport, reason, remedy
-        super().__init__(f"transport {transport!r} cannot run here: {reason}. {remedy}", transport, reason, remedy)
+        super().__init__(
+            f"transport {transport!r} cannot run here: {reason}. {remedy}", transport, reason, remedy
+        )
 
 
 class SourceDiedError(TransportError):
@@ -425,9 +461,10 @@ class SourceDiedError(TransportError):
     def __init__(self, trainer_rank: int, detail: str) -> None:
         self.trainer_rank, self.detail = trainer_rank, detail
         super().__init__(
-            f"trainer rank {trainer_rank} died before its bytes were read ({detail}). The engine still serves "
-            "the last committed version; restart the trainer and connect again.",
-            trainer_rank, detail,
+            f"trainer rank {trainer_rank} died before its bytes were read ({detail}). The engine still "
+            "serves the last committed version; restart the trainer and connect again.",
+            trainer_rank,
+            detail,
         )
 
 
@@ -437,9 +474,11 @@ class PullTimeoutError(TransportError):
     def __init__(self, trainer_rank: int, timeout_s: float) -> None:
         self.trainer_rank, self.timeout_s = trainer_rank, timeout_s
         super().__init__(
-            f"reading from trainer rank {trainer_rank} did not end within {timeout_s:.1f} s. The engine still "
-            "serves the last committed version; look for a stopped trainer process, or raise timeout_s.",
-            trainer_rank, timeout_s,
+            f"reading from trainer rank {trainer_rank} did not end within {timeout_s:.1f} s. The engine "
+            "still serves the last committed version; look for a stopped trainer process, or "
+            "raise timeout_s.",
+            trainer_rank,
+            timeout_s,
         )
 
 
@@ -454,7 +493,8 @@ class EngineUnreachableError(EngineError):
         self.engine, self.reason = engine, reason
         super().__init__(
             f"engine {engine} does not answer: {reason}. Check the address, and that the server has started.",
-            engine, reason,
+            engine,
+            reason,
         )
 
 
@@ -477,7 +517,11 @@ class UpdateFailedError(RdtError):
         self.version, self.phase, self.engine, self.rank, self.detail = version, phase, engine, rank, detail
         super().__init__(
             f"version {version} failed in {phase} on rank {rank} of engine {engine}: {detail}",
-            version, phase, engine, rank, detail,
+            version,
+            phase,
+            engine,
+            rank,
+            detail,
         )
 
 
@@ -487,10 +531,11 @@ class WindowMovedError(RdtError):
     def __init__(self, tensor: str, rank: int) -> None:
         self.tensor, self.rank = tensor, rank
         super().__init__(
-            f"the memory of {tensor} on trainer rank {rank} moved since attach (load_state_dict(assign=True), "
-            ".to() or an offload does this), so engines would read freed memory. Close the publisher and "
-            "attach again.",
-            tensor, rank,
+            f"the memory of {tensor} on trainer rank {rank} moved since attach "
+            "(load_state_dict(assign=True), .to() or an offload does this), so engines would read "
+            "freed memory. Close the publisher and attach again.",
+            tensor,
+            rank,
         )
 
 
@@ -499,12 +544,17 @@ class DeadlineError(RdtError):
 
     def __init__(self, what: str, waited_s: float, remedy: str) -> None:
         self.what, self.waited_s, self.remedy = what, waited_s, remedy
-        super().__init__(f"gave up waiting for {what} after {waited_s:.1f} s. {remedy}", what, waited_s, remedy)
+        super().__init__(
+            f"gave up waiting for {what} after {waited_s:.1f} s. {remedy}", what, waited_s, remedy
+        )
+
+
+_SHOWN = 3
 
 
 def _some(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 
 
 def to_wire(error: RdtError) -> dict[str, Any]:

@@ -59,7 +59,13 @@ class Landing:
 
 
 def engine_manifest(
-    recording: Recording, specs: Mapping[str, TensorSpec], *, rank: int, world_size: int, node: str, device: str
+    recording: Recording,
+    specs: Mapping[str, TensorSpec],
+    *,
+    rank: int,
+    world_size: int,
+    node: str,
+    device: str,
 ) -> Manifest:
     """What an engine rank wants filled: parameter regions, and whole tensors for the reload path."""
     reload_shards = tuple(_reload_shard(specs[name]) for name in sorted(recording.reload))
@@ -90,7 +96,8 @@ def make_landing(
     }
     windows = dict(recording.windows)
     windows |= {RELOAD_PREFIX + name: t.view(-1).view(torch.uint8) for name, t in reload_buffers.items()}
-    to_reload, to_parameters = [], []
+    to_reload: list[tuple[torch.Tensor, torch.Tensor]] = []
+    to_parameters: list[tuple[torch.Tensor, torch.Tensor]] = []
     for copy in plan.copies:
         shape = copy.region.shape
         target = typed_view(

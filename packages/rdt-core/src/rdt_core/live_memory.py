@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -15,6 +14,7 @@ from rdt_core.errors import UnsupportedLoaderError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
     from torch.nn import Module
 
 
@@ -40,8 +40,10 @@ class LiveMemory:
     """
 
     def __init__(self, model: Module) -> None:
-        self.holders = [_hold(name, tensor, is_parameter) for name, tensor, is_parameter in _tensors_of(model)]
-        self._slots = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+        self.holders = [
+            _hold(name, tensor, is_parameter) for name, tensor, is_parameter in _tensors_of(model)
+        ]
+        self._slots = [(slot, dict(slot)) for module in model.modules() for slot in _slots_of(module)]
         self.window_of: dict[int, str] = {}
         self.windows: dict[str, torch.Tensor] = {}
         for holder in self.holders:
@@ -74,18 +76,22 @@ class LiveMemory:
             The name of one that had moved, or None.
         """
         moved = None
-        for module, parameters, buffers in self._slots:
-            for held, expected in ((module._parameters, parameters), (module._buffers, buffers)):
-                if list(held) != list(expected) or any(held[name] is not expected[name] for name in held):
-                    changed = [name for name in {**held, **expected} if held.get(name) is not expected.get(name)]
-                    moved = changed[0] if changed else moved
-                    held.clear()
-                    held.update(expected)  # type: ignore[arg-type]  # one of two dicts, each with its own type
+        for slot, expected in self._slots:
+            changed = [n for n in {**slot, **expected} if slot.get(n) is not expected.get(n)]
+            if changed or len(slot) != len(expected):
+                moved = changed[0] if changed else next(iter({*slot} ^ {*expected}))
+                slot.clear()
+                slot.update(expected)
         for holder in self.holders:
             if not _is_same_memory(holder.tensor, holder.alias):
                 moved = holder.name
                 holder.tensor.data = holder.alias
         return moved
+
+
+def _slots_of(module: Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where a module keeps its parameters and buffers. Torch has no public way to put one back."""
+    return module._parameters, module._buffers  # noqa: SLF001  # see above
 
 
 def _tensors_of(model: Module) -> Iterator[tuple[str, torch.Tensor, bool]]:

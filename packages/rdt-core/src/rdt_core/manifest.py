@@ -145,6 +145,10 @@ def _find_shard_fault(manifest: Manifest, shard: Shard) -> str | None:
         return f"{shard.tensor}{shard.region} and its strides must have {len(spec.shape)} dims"
     if any(stop > n for stop, n in zip(shard.region.stop, spec.shape, strict=True)):
         return f"{shard.tensor}{shard.region} lies outside of its shape {spec.shape}"
+    return _find_memory_fault(shard, window)
+
+
+def _find_memory_fault(shard: Shard, window: Window) -> str | None:
     itemsize = itemsize_bytes(shard.dtype)
     if shard.offset_bytes < 0 or any(stride < 0 for stride in shard.stride_bytes):
         return f"{shard.tensor}{shard.region} has a negative offset or stride"

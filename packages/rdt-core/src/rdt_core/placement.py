@@ -34,9 +34,11 @@ class StridedShardDim:
     """A chunk of a chunk: the dim is first cut by *later* mesh axes, ``split_factor`` chunks in all.
 
     This is what FSDP2 over tensor parallelism makes: its mesh axis comes first, yet it cuts what tensor
-    parallelism left on the rank.
+    parallelism left on the rank. Where the dim does not divide evenly, this is the memory that FSDP2 lays
+    out; DTensor's own offsets then name other rows.
 
-    Source: ``torch/distributed/tensor/placement_types.py``, ``_StridedShard``.
+    Source: ``torch/distributed/fsdp/_fully_shard/_fsdp_param.py``, ``FSDPParam._init_sharded_parameter``,
+    and ``torch/distributed/tensor/placement_types.py``, ``_StridedShard``.
     """
 
     dim: int
@@ -102,7 +104,8 @@ def _check_split_factor(
     before = [
         other
         for other, held in enumerate(placements)
-        if not isinstance(held, Replicate) and held.dim == placement.dim
+        if not isinstance(held, Replicate)
+        and held.dim == placement.dim
         and (other > axis or (other < axis and isinstance(held, ShardDim)))
     ]
     num_chunks = math.prod(mesh_shape[other] for other in before)

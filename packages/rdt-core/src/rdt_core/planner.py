@@ -66,9 +66,7 @@ def _find_pieces(engine: Manifest, target: Shard, sources: SourceIndex, chooser:
         usable = [holder for holder in holders if is_convertible(holder.shard.dtype, target.dtype)]
         if not usable:
             found = holders[0]
-            raise DtypeError(
-                target.tensor, str(region), found.shard.dtype, target.dtype, found.trainer_rank
-            )
+            raise DtypeError(target.tensor, str(region), found.shard.dtype, target.dtype, found.trainer_rank)
         holder = chooser.choose(usable)
         piece = Piece(
             trainer_rank=holder.trainer_rank,

@@ -111,12 +111,14 @@ class Numbering:
     """Numbers for all elements of all checkpoint tensors, and below zero for constants."""
 
     tensors: list[Named] = field(default_factory=list)
+    index: dict[str, int] = field(default_factory=dict)
     bases: list[int] = field(default_factory=list)
     constants: list[Constant] = field(default_factory=list)
     end: int = 0
 
     def add(self, tensor: Named) -> None:
         """Number a tensor's elements from the current end on."""
+        self.index[tensor.name] = len(self.tensors)
         self.tensors.append(tensor)
         self.bases.append(self.end)
         self.end += math.prod(tensor.shape)
@@ -130,7 +132,7 @@ class Numbering:
     def of(self, origin: Origin, elements: torch.Tensor) -> torch.Tensor:
         """The numbers of a storage's elements, given by their offsets."""
         if isinstance(origin, Named):
-            return elements + self.bases[self.tensors.index(origin)]
+            return elements + self.bases[self.index[origin.name]]
         if isinstance(origin, Numbered):
             return origin.numbers[elements]
         if isinstance(origin, Joined):
@@ -208,14 +210,16 @@ def casts_of(origin: Origin) -> tuple[torch.dtype, ...]:
 def join_casts(parts: Sequence[Origin], dtype: torch.dtype) -> tuple[torch.dtype, ...] | None:
     """The casts of a storage of ``dtype`` copied from ``parts``; None when the parts' differ.
 
-    Constants carry their rounding in their value and do not count.
+    Constants are already rounded to their own type; beside other parts they do not count.
     """
+    if all(isinstance(part, Constant) for part in parts):
+        return (dtype,) if any(part.dtype != dtype for part in parts) else ()
     found = {
         (*casts_of(part), dtype) if part.dtype != dtype else casts_of(part)
         for part in parts
         if not isinstance(part, Constant)
     }
-    return found.pop() if len(found) == 1 else None if found else ()
+    return found.pop() if len(found) == 1 else None
 
 
 def trace(numbering: Numbering, origin: Origin, pairing: Pairing) -> Iterator[Leaf]:
@@ -272,7 +276,7 @@ def list_pairs(pairing: Pairing) -> tuple[torch.Tensor, torch.Tensor]:
         raise TooManyBoxesError
     sources, targets = torch.tensor([pairing.source]), torch.tensor([pairing.target])
     for axis in pairing.axes:
-        count = torch.arange(axis.count)
+        count = torch.arange(axis.length)
         sources = (sources[:, None] + count * axis.source_step).flatten()
         targets = (targets[:, None] + count * axis.target_step).flatten()
     return sources, targets

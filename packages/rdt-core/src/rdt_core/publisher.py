@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -88,7 +88,11 @@ class WeightPublisher:
         publisher = cls(CoordinatorClient(channel), local)
         logger.info(
             "trainer rank %d of %d attached to sync group %s: %d shards, %d bytes",
-            local.rank, local.world_size, group, len(local.shards), publisher.nbytes,
+            local.rank,
+            local.world_size,
+            group,
+            len(local.shards),
+            publisher.nbytes,
         )
         return publisher
 
@@ -144,7 +148,7 @@ class WeightPublisher:
         except (CoordinatorLostError, DeadlineError) as error:
             logger.debug("left a group whose coordinator is gone: %s", error)
 
-    def __enter__(self) -> WeightPublisher:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -180,7 +184,9 @@ class WeightPublisher:
             return Outcome(error=error)
         except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
             # Whatever torch, ray or the transport library says reaches the engine that asked, as text.
-            return Outcome(error=RdtError(f"trainer rank {self._local.rank}: {type(error).__name__}: {error}"))
+            return Outcome(
+                error=RdtError(f"trainer rank {self._local.rank}: {type(error).__name__}: {error}")
+            )
         return Outcome(error=WireFormatError("trainer task", f"unknown kind {task.kind!r}"))
 
     def _export(self, payload: dict[str, Any]) -> object:

@@ -56,7 +56,9 @@ def join(where: RayAddress | None = None) -> None:
     try:
         import ray  # noqa: PLC0415
     except ImportError as error:
-        raise TransportUnavailableError("ray", str(error), "Install it with `pip install 'ray>=2.56'`.") from error
+        raise TransportUnavailableError(
+            "ray", str(error), "Install it with `pip install 'ray>=2.56'`."
+        ) from error
     if ray.is_initialized():
         return
     address = (where.address if where else "") or os.environ.get("RAY_ADDRESS", "") or "auto"

@@ -50,7 +50,9 @@ class TensorHoldings:
                 by_region.setdefault(region, []).append(holder)
         regions = list(by_region)
         self._axis = axis = widest_axis(regions)
-        regions.sort(key=lambda region: (0 if axis is None else region.start[axis], region.start, region.stop))
+        regions.sort(
+            key=lambda region: (0 if axis is None else region.start[axis], region.start, region.stop)
+        )
         self._regions = regions
         self._holders = [by_region[region] for region in regions]
         self._starts = [0 if axis is None else region.start[axis] for region in regions]

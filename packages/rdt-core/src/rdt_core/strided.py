@@ -1,7 +1,8 @@
 """Strided sets of elements: cut into boxes of a shape, and found in lists of element numbers.
 
 The recorder describes every copy of an engine's loader as a :class:`Pairing`: which element of a source
-storage goes to which byte of a target. Pure geometry; only :func:`find_pairings` needs torch.
+storage goes to which byte of a target. Geometry only: nothing here
+knows of models.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-    import torch
 
 MAX_MERGE_PASSES = 64
 
@@ -22,9 +23,9 @@ class TooManyBoxesError(Exception):
 
 
 class Axis(NamedTuple):
-    """One loop of a pairing: ``count`` steps, each so far on in the source and so far on in the target."""
+    """One loop of a pairing: ``length`` steps, each so far on in the source and so far on in the target."""
 
-    count: int
+    length: int
     source_step: int
     target_step: int
 
@@ -43,7 +44,7 @@ class Pairing(NamedTuple):
     @property
     def num_pairs(self) -> int:
         """How many elements are copied."""
-        return math.prod(axis.count for axis in self.axes)
+        return math.prod(axis.length for axis in self.axes)
 
 
 class Box(NamedTuple):
@@ -76,7 +77,7 @@ def cut_into_boxes(pairing: Pairing, shape: Sequence[int], *, limit: int) -> lis
     Raises:
         TooManyBoxesError: it takes more than ``limit`` boxes.
     """
-    if any(axis.count == 0 for axis in pairing.axes) or 0 in shape:
+    if any(axis.length == 0 for axis in pairing.axes) or 0 in shape:
         return []
     steps = row_major_steps(shape)
     todo = [_Cursor(pairing._replace(axes=_join_axes(pairing.axes)), ())]
@@ -95,11 +96,11 @@ def cut_into_boxes(pairing: Pairing, shape: Sequence[int], *, limit: int) -> lis
 def _join_axes(axes: Iterable[Axis]) -> tuple[Axis, ...]:
     """Widest source step first; loops that continue each other on both sides become one."""
     joined: list[Axis] = []
-    for axis in sorted((a for a in axes if a.count > 1), key=lambda a: a.source_step, reverse=True):
+    for axis in sorted((a for a in axes if a.length > 1), key=lambda a: a.source_step, reverse=True):
         if joined:
-            count, source_step, target_step = joined[-1]
-            if (source_step, target_step) == (axis.count * axis.source_step, axis.count * axis.target_step):
-                joined[-1] = Axis(count * axis.count, axis.source_step, axis.target_step)
+            last, step = joined[-1], (axis.length * axis.source_step, axis.length * axis.target_step)
+            if (last.source_step, last.target_step) == step:
+                joined[-1] = axis._replace(length=last.length * axis.length)
                 continue
         joined.append(axis)
     return tuple(joined)
@@ -121,19 +122,19 @@ def _advance(cursor: _Cursor, steps: Sequence[int], limit: int) -> list[_Cursor]
     for axis in outer:
         if axis is not unit:
             return _walk(cursor, axis, limit)
-    settled = (pairing.source // row, *((1, 0) if unit is None else (unit.count, unit.target_step)))
+    settled = (pairing.source // row, *((1, 0) if unit is None else (unit.length, unit.target_step)))
     return [_Cursor(Pairing(first, pairing.target, tuple(inner)), (*boxed, settled))]
 
 
 def _span(axes: Iterable[Axis]) -> int:
-    return 1 + sum((axis.count - 1) * axis.source_step for axis in axes)
+    return 1 + sum((axis.length - 1) * axis.source_step for axis in axes)
 
 
 def _walk(cursor: _Cursor, axis: Axis, limit: int) -> list[_Cursor]:
     """One cursor for every step of ``axis``, in reverse, since the caller works from the end."""
-    if axis.count > limit:
+    if axis.length > limit:
         raise TooManyBoxesError
-    return [_part(cursor, axis, first, 1) for first in reversed(range(axis.count))]
+    return [_part(cursor, axis, first, 1) for first in reversed(range(axis.length))]
 
 
 def _part(cursor: _Cursor, axis: Axis, first: int, count: int, *instead: Axis) -> _Cursor:
@@ -146,7 +147,7 @@ def _part(cursor: _Cursor, axis: Axis, first: int, count: int, *instead: Axis) -
         pairing=Pairing(
             pairing.source + first * axis.source_step,
             pairing.target + first * axis.target_step,
-            tuple(sorted((a for a in axes if a.count > 1), key=lambda a: a.source_step, reverse=True)),
+            tuple(sorted((a for a in axes if a.length > 1), key=lambda a: a.source_step, reverse=True)),
         )
     )
 
@@ -156,11 +157,11 @@ def _split_at_row_end(cursor: _Cursor, inner: Sequence[Axis], row: int) -> list[
     axis = inner[0]
     room = row - cursor.pairing.source % row - _span(inner[1:])
     if room < 0:
-        return [_part(cursor, axis, 1, axis.count - 1), _part(cursor, axis, 0, 1)]
+        return [_part(cursor, axis, 1, axis.length - 1), _part(cursor, axis, 0, 1)]
     fits = room // axis.source_step + 1
     if fits * axis.source_step != row:
-        return [_part(cursor, axis, fits, axis.count - fits), _part(cursor, axis, 0, fits)]
-    num_rows, rest = divmod(axis.count, fits)
+        return [_part(cursor, axis, fits, axis.length - fits), _part(cursor, axis, 0, fits)]
+    num_rows, rest = divmod(axis.length, fits)
     rows = Axis(num_rows, row, fits * axis.target_step)
     whole = _part(cursor, axis, 0, 0, rows, Axis(fits, axis.source_step, axis.target_step))
     return [whole] if rest == 0 else [_part(cursor, axis, num_rows * fits, rest), whole]
@@ -185,8 +186,6 @@ def find_pairings(source: torch.Tensor, target: torch.Tensor, *, limit: int) -> 
     Raises:
         TooManyBoxesError: more than ``limit`` are needed.
     """
-    import torch
-
     kinds: list[tuple[Axis, ...]] = [()]
     kind = torch.zeros_like(source)
     for _ in range(MAX_MERGE_PASSES):
@@ -206,17 +205,17 @@ def find_pairings(source: torch.Tensor, target: torch.Tensor, *, limit: int) -> 
     if len(source) > limit:
         raise TooManyBoxesError
     return [
-        Pairing(*pair, kinds[index])
-        for *pair, index in zip(source.tolist(), target.tolist(), kind.tolist(), strict=True)
+        Pairing(first_source, first_target, kinds[index])
+        for first_source, first_target, index in zip(
+            source.tolist(), target.tolist(), kind.tolist(), strict=True
+        )
     ]
 
 
 def _most_common_step(
     source: torch.Tensor, target: torch.Tensor, kind: torch.Tensor
 ) -> tuple[int, int, torch.Tensor] | None:
-    """The step between neighbours of one kind that is seen most, and where; None when none are of one kind."""
-    import torch
-
+    """The step between neighbours of one kind seen most, and where; None when none are of one kind."""
     source_steps, target_steps = torch.diff(source), torch.diff(target)
     alike = kind[1:] == kind[:-1]
     candidates = alike.nonzero().squeeze(1)

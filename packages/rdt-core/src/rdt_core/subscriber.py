@@ -141,7 +141,7 @@ class WeightSubscriber:
             "num_reads": plan.num_reads,
             "landing_nbytes": landing.nbytes,
             "reload": dict(recording.reload),
-            "trainers": {rank: request.transport for rank in links},
+            "trainers": dict.fromkeys(links, request.transport),
             "connect_s": time.perf_counter() - started,
         }
         session = client.session()
@@ -151,7 +151,12 @@ class WeightSubscriber:
         self._connection = _Connection(request, client, recording, specs, plan, landing, links)
         logger.info(
             "rank %d connected to sync group %s: %d tensors, %d bytes, %d reads, %.2f s",
-            self._model.rank, request.group, plan.num_tensors, plan.read_nbytes, plan.num_reads, info["connect_s"],
+            self._model.rank,
+            request.group,
+            plan.num_tensors,
+            plan.read_nbytes,
+            plan.num_reads,
+            info["connect_s"],
         )
         return info
 
@@ -238,7 +243,7 @@ class WeightSubscriber:
             "read_nbytes": connection.plan.read_nbytes,
             "num_reads": connection.plan.num_reads,
             "num_tensors": connection.plan.num_tensors,
-            "trainers": {rank: connection.request.transport for rank in connection.links},
+            "trainers": dict.fromkeys(connection.links, connection.request.transport),
         }
 
     def abort(self) -> None:
@@ -249,7 +254,7 @@ class WeightSubscriber:
             connection.lock.release()
 
     def digests(self) -> list[RegionDigest]:
-        """Digest every recorded region where it lies in the live parameters. Seconds for a billion elements."""
+        """Digest every recorded region where it lies in the live parameters; seconds for a billion."""
         connection = self._connected("digest")
         return [
             RegionDigest(
@@ -273,7 +278,7 @@ class WeightSubscriber:
         ]
 
     def unverified(self) -> list[str]:
-        """Tensors that the engine's own loader takes, and whose bytes in the engine are therefore not digested."""
+        """Tensors that go through the engine's own loader; their bytes in the engine are not digested."""
         return sorted(self._connected("digest").recording.reload)
 
     def status(self) -> dict[str, Any]:
@@ -350,6 +355,9 @@ def merge_specs(manifests: Sequence[Manifest]) -> dict[str, TensorSpec]:
             known = merged.setdefault(name, spec)
             if known != spec:
                 raise ShapeError(
-                    name, manifest.rank, f"{spec.dtype}{list(spec.shape)}", f"{known.dtype}{list(known.shape)}"
+                    name,
+                    manifest.rank,
+                    f"{spec.dtype}{list(spec.shape)}",
+                    f"{known.dtype}{list(known.shape)}",
                 )
     return dict(sorted(merged.items()))

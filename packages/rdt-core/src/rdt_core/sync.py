@@ -6,7 +6,7 @@ import logging
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rdt_core import ray_session
 from rdt_core.client import CoordinatorClient, RayChannel
@@ -138,7 +138,11 @@ class WeightSync:
         report = _make_report(version, answers, started, published, prepared)
         logger.info(
             "version %d: %d bytes, prepare %.3f s, commit %.3f s, stall %.3f s",
-            version, report.nbytes, report.prepare_s, report.commit_s, report.stall_s,
+            version,
+            report.nbytes,
+            report.prepare_s,
+            report.commit_s,
+            report.stall_s,
         )
         return report
 
@@ -194,7 +198,7 @@ class WeightSync:
         for engine in self._engines:
             engine.close()
 
-    def __enter__(self) -> WeightSync:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -318,4 +322,3 @@ def _region_digests(answer: Mapping[str, Any]) -> list[RegionDigest]:
         for rank in answer["ranks"]
         for digest in rank["digests"]
     ]
-

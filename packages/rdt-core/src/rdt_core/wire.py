@@ -213,7 +213,9 @@ class _Reader:
     def _read_ints(self, what: str) -> list[int]:
         value = self._read(what)
         if not isinstance(value, list):
-            raise WireFormatError("manifest", f"its {what} is of type {type(value).__name__}, expected numbers")
+            raise WireFormatError(
+                "manifest", f"its {what} is of type {type(value).__name__}, expected numbers"
+            )
         return [self._check_int(what, item) for item in value]
 
     @staticmethod

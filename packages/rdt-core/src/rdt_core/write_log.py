@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from rdt_core.provenance import Computed, Constant, Origin, names_of
+from rdt_core.describe import span_bytes
+from rdt_core.errors import UnsupportedLoaderError
+from rdt_core.provenance import Origin, names_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,7 +42,7 @@ class Write(NamedTuple):
     @property
     def stop(self) -> int:
         """Behind the last byte written."""
-        steps = sum((axis.count - 1) * axis.target_step for axis in self.pairing.axes)
+        steps = sum((axis.length - 1) * axis.target_step for axis in self.pairing.axes)
         return self.pairing.target + steps + self.dtype.itemsize
 
     @property
@@ -50,10 +52,10 @@ class Write(NamedTuple):
 
 
 class Remnant(NamedTuple):
-    """A write and the target bytes of its elements that still hold; None when all do."""
+    """A write and those of its pairs (source element, target byte) that still hold; None when all do."""
 
     write: Write
-    left: torch.Tensor | None
+    left: tuple[torch.Tensor, torch.Tensor] | None
 
 
 class Span(NamedTuple):
@@ -82,6 +84,10 @@ class WriteLog:
         """Writes so far whose byte span meets ``[start, stop)``."""
         return [w for w in self.by_window.get(window, ()) if w.start < stop and start < w.stop]
 
+    def touching_view(self, window: str, tensor: torch.Tensor) -> list[Write]:
+        """Writes so far whose byte span meets that of a view of the window."""
+        return self.touching(window, *span_bytes(tensor)) if tensor.numel() else []
+
     def names_touching(self, window: str, start: int, stop: int) -> frozenset[str]:
         """Checkpoint tensors that the bytes ``[start, stop)`` may hold values of."""
         return frozenset().union(*(names_of(write.origin) for write in self.touching(window, start, stop)))
@@ -99,7 +105,11 @@ def settle(writes: Sequence[Write], unit: int) -> Settled:
     """Find what remains of the writes of one window.
 
     Args:
+        writes: of one window, in order.
         unit: size in bytes that divides every offset and step, the smallest element size in use.
+
+    Raises:
+        UnsupportedLoaderError: writes of different element types overlap by halves.
     """
     remnants: list[Remnant] = []
     spans: list[Span] = []
@@ -147,30 +157,32 @@ def _elements(
     flat: torch.Tensor, pairing: Pairing, dtype: torch.dtype, start: int, unit: int
 ) -> torch.Tensor:
     """The units of a flat array that a write touches: one dim a loop, the last for units of an element."""
-    counts = [axis.count for axis in pairing.axes]
+    counts = [axis.length for axis in pairing.axes]
     steps = [axis.target_step // unit for axis in pairing.axes]
     return flat.as_strided((*counts, dtype.itemsize // unit), (*steps, 1), (pairing.target - start) // unit)
 
 
 def _remains(owner: torch.Tensor, number: int, write: Write, start: int, unit: int) -> Remnant | None:
-    """What of a write still holds; None when nothing does. A half-overwritten element counts as lost."""
-    held = (_elements(owner, write.pairing, write.dtype, start, unit) == number).all(dim=-1)
+    """What of a write still holds; None when nothing does."""
+    units_held = _elements(owner, write.pairing, write.dtype, start, unit) == number
+    held = units_held.all(dim=-1)
     if bool(held.all()):
         return Remnant(write, None)
+    if not torch.equal(held, units_held.any(dim=-1)):
+        raise UnsupportedLoaderError(write.tensor, "a write over parts of elements")
     if not bool(held.any()):
         return None
-    steps = torch.tensor([axis.target_step for axis in write.pairing.axes])
-    return Remnant(write, write.pairing.target + (held.nonzero() * steps).sum(dim=1))
+    at = held.nonzero()
+    steps = torch.tensor([axis[1:] for axis in write.pairing.axes], dtype=torch.int64).reshape(-1, 2)
+    sources, targets = (at[:, :, None] * steps).sum(dim=1).unbind(dim=1)
+    return Remnant(write, (write.pairing.source + sources, write.pairing.target + targets))
 
 
 def is_covered(settled: Settled, tensor: torch.Tensor) -> bool:
     """Whether every element of a view of the window was written."""
     if tensor.numel() == 0:
         return True
-    itemsize = tensor.element_size()
-    start = tensor.storage_offset() * itemsize
-    steps = [step * itemsize for step in tensor.stride()]
-    stop = start + itemsize + sum((n - 1) * step for n, step in zip(tensor.shape, steps, strict=True))
+    start, stop = span_bytes(tensor)
     near = [span for span in settled.spans if span.start < stop and start < span.stop]
     at = start
     for span in near:  # ascending and disjoint
@@ -186,8 +198,10 @@ def _is_covered_by_units(
     for span in spans:
         low, high = max(span.start, start), min(span.stop, stop)
         part = written[(low - start) // unit : (high - start) // unit]
-        whole = span.mask is None
-        part[:] = True if whole else span.mask[(low - span.start) // unit : (high - span.start) // unit]
+        if span.mask is None:
+            part.fill_(1)
+        else:
+            part.copy_(span.mask[(low - span.start) // unit : (high - span.start) // unit])
     per_element = tensor.element_size() // unit
     shape, steps = (*tensor.shape, per_element), (*(s * per_element for s in tensor.stride()), 1)
     return bool(written.as_strided(shape, steps, 0).all())
@@ -197,8 +211,3 @@ def unit_of(writes: Sequence[Write], holders: Sequence[torch.Tensor]) -> int:
     """Smallest element size among the writes of a window and the tensors that hold it, in bytes."""
     sizes = [write.dtype.itemsize for write in writes] + [tensor.element_size() for tensor in holders]
     return min(sizes, default=1)
-
-
-def is_direct(write: Write) -> bool:
-    """Whether a write moves checkpoint elements, as opposed to filling or computing."""
-    return not isinstance(write.origin, Constant | Computed)

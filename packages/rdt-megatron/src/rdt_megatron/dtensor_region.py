@@ -25,7 +25,10 @@ class NotOneBoxError(ValueError):
 
 
 def held_region(
-    shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
+    shape: Sequence[int],
+    mesh_shape: Sequence[int],
+    coordinate: Sequence[int],
+    placements: Sequence[Placement],
 ) -> Region:
     """The region that one mesh coordinate holds; it may be empty.
 
@@ -46,6 +49,8 @@ def held_region(
         if dim is None:
             raise NotOneBoxError(f"placement {placement} is neither a shard nor a replica")
         runs[dim] = _cut(runs[dim], num_ranks, index, int(getattr(placement, "split_factor", 1)))
+    if not all(runs):
+        return Region(tuple(shape), tuple(shape))
     boxes = [_only_run(held, size) for held, size in zip(runs, shape, strict=True)]
     return Region(tuple(start for start, _ in boxes), tuple(stop for _, stop in boxes))
 
@@ -79,8 +84,6 @@ def _take(runs: _Runs, start: int, stop: int) -> _Runs:
 
 
 def _only_run(runs: _Runs, size: int) -> tuple[int, int]:
-    if not runs:
-        return size, size
     for (_, stop), (start, _) in pairwise(runs):
         if stop != start:
             raise NotOneBoxError(f"the rank holds separate runs of rows {runs} of {size}")

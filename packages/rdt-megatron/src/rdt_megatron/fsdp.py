@@ -109,7 +109,8 @@ def _reshard(model: nn.Module, rank: int) -> None:
     for prefix, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel):
             raise UnsupportedLayoutError(
-                strip_wrappers(prefix) or "the model", rank,
+                strip_wrappers(prefix) or "the model",
+                rank,
                 "FullyShardedDataParallel keeps it in a flat tensor that cuts through rows",
                 "Shard the model with torch.distributed.fsdp.fully_shard (FSDP2).",
             )
@@ -152,13 +153,17 @@ def _region_of(tensor: torch.Tensor, name: str, rank: int) -> Region:
         region = held_region(tuple(tensor.shape), mesh.shape, coordinate, tensor.placements)
     except NotOneBoxError as error:
         raise UnsupportedLayoutError(
-            name, rank, f"{error} (placements {tensor.placements})",
+            name,
+            rank,
+            f"{error} (placements {tensor.placements})",
             "Choose sizes that the mesh divides evenly, or shard the dims of this parameter differently.",
         ) from error
     local = tuple(_local(tensor).shape)
     if region.num_elements and region.shape != local:
         raise UnsupportedLayoutError(
-            name, rank, f"its local tensor has shape {local}, and placements {tensor.placements} give {region}",
+            name,
+            rank,
+            f"its local tensor has shape {local}, and placements {tensor.placements} give {region}",
             "Let fully_shard, parallelize_module or distribute_tensor place it.",
         )
     return region
@@ -168,17 +173,23 @@ def _check_readable(tensor: torch.Tensor, name: str, rank: int) -> None:
     local = _local(tensor)
     if type(local) not in (torch.Tensor, nn.Parameter) or local.dtype not in _EXPORTED_DTYPES:
         raise UnsupportedLayoutError(
-            name, rank, f"its payload is a {type(local).__name__} of {local.dtype}",
-            "Quantized parameters are not exported: keep the trained weights in float16, bfloat16 or float32.",
+            name,
+            rank,
+            f"its payload is a {type(local).__name__} of {local.dtype}",
+            "Quantized parameters are not exported: train in float16, bfloat16 or float32.",
         )
     if local.is_meta:
         raise UnsupportedLayoutError(
-            name, rank, "it is on the meta device and has no memory",
+            name,
+            rank,
+            "it is on the meta device and has no memory",
             "Materialize the model (to_empty and load, or init_weights) before attaching.",
         )
     if isinstance(tensor, DTensor) and local.device.type != tensor.device_mesh.device_type:
         raise UnsupportedLayoutError(
-            name, rank, f"it is offloaded to {local.device} from a mesh of {tensor.device_mesh.device_type}",
+            name,
+            rank,
+            f"it is offloaded to {local.device} from a mesh of {tensor.device_mesh.device_type}",
             "Call fully_shard without CPUOffloadPolicy.",
         )
 

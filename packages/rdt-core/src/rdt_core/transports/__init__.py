@@ -23,6 +23,8 @@ def make_transport(name: str) -> Transport:
         TransportUnavailableError: no such transport, or what it needs is not installed.
     """
     if name not in _FACTORIES:
-        raise TransportUnavailableError(name, "there is no such transport", f"Known are {sorted(_FACTORIES)}.")
+        raise TransportUnavailableError(
+            name, "there is no such transport", f"Known are {sorted(_FACTORIES)}."
+        )
     module, _, cls = _FACTORIES[name].partition(":")
     return cast("Transport", getattr(importlib.import_module(module), cls)())

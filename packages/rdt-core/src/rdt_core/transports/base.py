@@ -25,7 +25,7 @@ class Export(Protocol):
     ticket: object
 
     def close(self) -> None:
-        """Stop offering the memory. Idempotent. A later pull of this ticket fails; it never returns other bytes."""
+        """Stop offering the memory. Idempotent. A later pull fails; it never brings other bytes."""
 
 
 class Link(Protocol):

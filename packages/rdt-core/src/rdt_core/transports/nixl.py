@@ -107,8 +107,8 @@ class NixlLink:
             raise TransportError(f"Ray refused the targets: {error}") from error
         if [tensor.data_ptr() for tensor in got] != self._addresses:
             raise TransportError(
-                f"Ray brought the bytes of trainer rank {self._trainer_rank} into other memory than the targets. "
-                "Nothing was committed; report this with your Ray version."
+                f"Ray brought the bytes of trainer rank {self._trainer_rank} into other memory than the "
+                "targets. Nothing was committed; report this with your Ray version."
             )
 
     def close(self) -> None:

@@ -1,0 +1,105 @@
+"""The plan, carried out byte by byte over random worlds, fills every engine parameter and nothing else."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rdt_core.lowering import LANDING_ALIGNMENT_BYTES, ReadCost
+from rdt_core.planner import build_plan, build_plan_from
+from rdt_core.sources import SourceIndex
+from tests.unit import oracle
+from tests.unit.strategies import COSTS, World, worlds
+
+costs = st.sampled_from(COSTS)
+
+if TYPE_CHECKING:
+    from random import Random
+
+
+@given(worlds(), costs)
+@settings(max_examples=300)
+def test_every_engine_byte_gets_its_value_and_no_other_byte_is_touched(world: World, cost: ReadCost) -> None:
+    held = {manifest.rank: oracle.fill_windows(world, manifest) for manifest in world.trainers}
+    for engine in world.engines:
+        plan = build_plan(engine, world.trainers, cost=cost)
+        landing = oracle.run_reads(plan, world.trainers, held)
+        assert oracle.run_copies(plan, engine, landing) == oracle.fill_windows(world, engine)
+
+
+@given(worlds(), costs)
+def test_no_source_byte_is_read_twice_and_ranges_that_touch_are_one_read(
+    world: World, cost: ReadCost
+) -> None:
+    for engine in world.engines:
+        for reads in build_plan(engine, world.trainers, cost=cost).reads.values():
+            assert list(reads) == sorted(reads, key=lambda read: (read.window, read.offset_bytes))
+            for one, other in itertools.pairwise(reads):
+                if one.window == other.window:
+                    assert one.offset_bytes + one.nbytes < other.offset_bytes
+
+
+@given(worlds(), costs)
+def test_reads_land_in_order_with_the_alignment_of_their_source(world: World, cost: ReadCost) -> None:
+    for engine in world.engines:
+        plan = build_plan(engine, world.trainers, cost=cost)
+        assert list(plan.reads) == sorted(plan.reads)
+        end = 0
+        for read in itertools.chain.from_iterable(plan.reads.values()):
+            assert end <= read.landing_offset_bytes < end + LANDING_ALIGNMENT_BYTES
+            assert (read.landing_offset_bytes - read.offset_bytes) % LANDING_ALIGNMENT_BYTES == 0
+            end = read.landing_offset_bytes + read.nbytes
+        assert plan.landing_nbytes == end
+
+
+@given(worlds(), costs)
+def test_the_payload_is_what_the_copies_take_each_byte_counted_once(world: World, cost: ReadCost) -> None:
+    for engine in world.engines:
+        plan = build_plan(engine, world.trainers, cost=cost)
+        assert plan.payload_nbytes == oracle.count_used_landing_bytes(plan)
+        assert plan.payload_nbytes <= plan.read_nbytes
+        assert plan.num_tensors == len({copy.tensor for copy in plan.copies})
+
+
+@given(worlds(), costs)
+def test_free_reads_bring_no_byte_in_vain_unless_runs_interleave(world: World, cost: ReadCost) -> None:
+    # The finest cut reads exactly what is needed; a coarser one may only ever read more.
+    for engine in world.engines:
+        exact = build_plan(engine, world.trainers, cost=COSTS[1])
+        assert exact.payload_nbytes == build_plan(engine, world.trainers, cost=cost).payload_nbytes
+
+
+@given(worlds(), costs, st.randoms(use_true_random=False))
+def test_a_plan_does_not_depend_on_the_order_of_trainers(
+    world: World, cost: ReadCost, random: Random
+) -> None:
+    for engine in world.engines:
+        plan = build_plan(engine, world.trainers, cost=cost)
+        shuffled = list(world.trainers)
+        random.shuffle(shuffled)
+        again = build_plan(engine, shuffled, cost=cost)
+        assert again == plan
+        assert list(again.reads) == list(plan.reads)
+
+
+@given(worlds())
+def test_one_index_of_trainers_plans_every_engine_rank_alike(world: World) -> None:
+    sources = SourceIndex(world.trainers)
+    for engine in world.engines:
+        assert build_plan_from(engine, sources) == build_plan(engine, world.trainers)
+
+
+@given(worlds())
+def test_an_engine_reads_only_from_its_own_node_when_all_it_needs_is_there(world: World) -> None:
+    for engine in world.engines:
+        near = [manifest for manifest in world.trainers if manifest.node == engine.node]
+        plan = build_plan(engine, world.trainers)
+        for copy in plan.copies:
+            here = {shard.region for m in near for shard in m.shards if shard.tensor == copy.tensor}
+            if not any(region.contains(copy.region) for region in here):
+                break
+        else:
+            assert set(plan.reads) <= {manifest.rank for manifest in near}

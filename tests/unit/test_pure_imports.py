@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PURE = (
+    "rdt_core",
+    "rdt_core.coverage",
+    "rdt_core.dtypes",
+    "rdt_core.errors",
+    "rdt_core.layout",
+    "rdt_core.lowering",
+    "rdt_core.manifest",
+    "rdt_core.placement",
+    "rdt_core.plan",
+    "rdt_core.planner",
+    "rdt_core.recording",
+    "rdt_core.region",
+    "rdt_core.sources",
+    "rdt_core.wire",
+)
+HEAVY = ("torch", "ray", "numpy", "vllm", "sglang", "nixl")
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_a_pure_module_imports_nothing_heavy(module: str) -> None:
+    code = f"import {module}, sys; print([name for name in {HEAVY} if name in sys.modules])"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "[]"
