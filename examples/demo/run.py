@@ -72,7 +72,7 @@ class Trainers:
 
     def __init__(self, model_dir: Path, rendezvous: Path) -> None:
         actor = ray.remote(TrainerRank).options(
-            num_cpus=0, runtime_env={"env_vars": {"PYTHONPATH": sys.path[0]}}
+            num_cpus=0, runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
         )
         self._ranks = [
             actor.remote(rank, WORLD_SIZE, f"file://{rendezvous}", str(model_dir))

@@ -58,7 +58,7 @@ def storages(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, tensor in named:
         flat = torch.empty(0, dtype=torch.uint8)
         storage = tensor.untyped_storage()
-        found[name] = flat.set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload]  # untyped overload
+        found[name] = flat.set_(storage, 0, (storage.nbytes(),), (1,))
     return found
 
 
@@ -122,6 +122,7 @@ def fused_attention() -> tuple[Model, dict[str, torch.Tensor]]:
 
     model = Model(each(load_one))
     model.weight, model.bias, model.embed = parameter(32, HIDDEN), parameter(32), parameter(16, HIDDEN)
+    shapes: dict[str, tuple[int, ...]]
     shapes = {f"{letter}.weight": (num_rows, HIDDEN) for letter, (_, num_rows) in rows.items()}
     shapes |= {f"{letter}.bias": (num_rows,) for letter, (_, num_rows) in rows.items()}
     return model, randoms({**shapes, "embed": (13, HIDDEN)})
@@ -167,7 +168,7 @@ def interleaved_rows() -> tuple[Model, dict[str, torch.Tensor]]:
 
     model = Model(each(load_one))
     model.gate, model.up = parameter(INNER, HIDDEN), parameter(INNER, HIDDEN)
-    return model, randoms({name: (2 * INNER, HIDDEN) for name in ("gate_up",)})
+    return model, randoms({"gate_up": (2 * INNER, HIDDEN)})
 
 
 def tied_and_pooled() -> tuple[Model, dict[str, torch.Tensor]]:
@@ -249,14 +250,15 @@ def moved_about() -> tuple[Model, dict[str, torch.Tensor]]:
         model.get_parameter("spread").data.copy_(tensor[:, None].expand(-1, 3, -1).reshape(12, HIDDEN))
 
     model = Model(each(load_one))
-    for name, num_rows in {
+    rows = {
         "picked": 4,
         "indexed": 4,
         "repeated": 8,
         "flipped": 4,
         "padded": 6,
         "spread": 12,
-    }.items():
+    }
+    for name, num_rows in rows.items():
         model.register_parameter(name, parameter(num_rows, HIDDEN))
     return model, randoms({"weight": (4, HIDDEN)})
 
@@ -308,7 +310,8 @@ def nested_scalars() -> tuple[Model, dict[str, torch.Tensor]]:
 
 DIRECT = [
     fused_attention, sharded_rows_and_columns, experts, interleaved_rows, tied_and_pooled, widened,
-    joined_halves, zeroed_source, permuted_reshape, moved_about, assembled_scratch, overwritten, nested_scalars,
+    joined_halves, zeroed_source, permuted_reshape, moved_about, assembled_scratch, overwritten,
+    nested_scalars,
 ]  # fmt: skip
 
 
@@ -393,7 +396,7 @@ def joined_with_computed() -> tuple[Model, dict[str, torch.Tensor], dict[str, st
 
     model = Model(load)
     model.joined, model.norm, model.plain = parameter(4, HIDDEN), parameter(HIDDEN), parameter(2, HIDDEN)
-    tensors = randoms({name: (2, HIDDEN) for name in ("a", "b", "c")})
+    tensors = randoms(dict.fromkeys(("a", "b", "c"), (2, HIDDEN)))
     return model, tensors, dict.fromkeys(("a", "b"), "aten.mul.Tensor")
 
 

@@ -240,6 +240,14 @@ def test_columns_are_read_by_run_when_reads_are_free() -> None:
     assert plan.payload_nbytes == plan.read_nbytes == 16
 
 
+def test_runs_land_packed_and_the_copy_knows_their_new_distance() -> None:
+    engine = engine_of(box((0, 4), (2, 4)), shape=(4, 64))
+    plan = build_plan(engine, [holding(box((0, 4), (0, 64)), shape=(4, 64))], cost=EXACT)
+    assert [read.landing_offset_bytes for read in plan.reads[0]] == [4, 20, 36, 52]
+    assert plan.copies[0].landing_offset_bytes == 4
+    assert plan.copies[0].landing_stride_bytes == (16, 2)
+
+
 def test_columns_are_read_as_one_span_when_reads_are_dear() -> None:
     plan = build_plan(COLUMNS, [ROWS], cost=SPAN)
     assert [(read.offset_bytes, read.nbytes) for read in plan.reads[0]] == [(4, 52)]

@@ -59,12 +59,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 3": ("Gemma3TextConfig", {"query_pre_attn_scalar": 32}),
     "Phi-3": ("Phi3Config", {"hidden_size": 128}),
     "GLM-4": ("Glm4Config", {}),
-    "gpt-oss": ("GptOssConfig", {**EXPERTS, "sliding_window": 64}),
+    "gpt-oss": ("GptOssConfig", {**EXPERTS, "intermediate_size": 128, "sliding_window": 64}),
 }
 
 
-def save_checkpoint(family: str, folder: Path) -> dict[str, torch.Tensor]:
-    """Write a random bf16 checkpoint of a family, as transformers writes it, and return its tensors."""
+def save_checkpoint(family: str, folder: Path) -> None:
+    """Write a random bf16 checkpoint of a family as transformers writes it; in a world, rank 0 does."""
     import transformers
 
     config_name, settings = FAMILIES[family]
@@ -77,17 +77,28 @@ def save_checkpoint(family: str, folder: Path) -> dict[str, torch.Tensor]:
             if tensor.is_floating_point():
                 tensor.copy_(torch.randn(tensor.shape))
     model.save_pretrained(folder)
+
+
+def load_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
 def start_vllm(folder: Path) -> None:
     """Make this process a world of one. vLLM's groups may be made once a process."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1
+    )
+    join_vllm(0, 1)
+
+
+def join_vllm(rank: int, tp_size: int) -> None:
+    """Make vLLM's groups in a torch.distributed world whose ranks are all tensor-parallel ranks."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
 
     with set_current_vllm_config(VllmConfig()):
-        parallel_state.init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
-        parallel_state.initialize_model_parallel(1, 1)
+        parallel_state.init_distributed_environment(tp_size, rank, "env://", rank, "gloo")
+        parallel_state.initialize_model_parallel(tp_size, 1)
 
 
 def stop_vllm() -> None:
@@ -97,7 +108,7 @@ def stop_vllm() -> None:
     parallel_state.destroy_distributed_environment()
 
 
-def build_model(folder: Path) -> nn.Module:
+def build_model(folder: Path, tp_size: int = 1) -> nn.Module:
     """The model class that vLLM picks for a checkpoint, built as a worker builds it, not loaded."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
@@ -107,11 +118,13 @@ def build_model(folder: Path) -> nn.Module:
         dtype="bfloat16",
         skip_tokenizer_init=True,
         enforce_eager=True,
+        tensor_parallel_size=tp_size,
         max_model_len=64,
     ).create_engine_config()
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        return initialize_model(config)
+        model: nn.Module = initialize_model(config)
     finally:
         torch.set_default_dtype(default)
+    return model

@@ -92,7 +92,7 @@ class LoaderMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     ) -> Any:
         """Handle one operation. Called by torch, with this mode switched off meanwhile."""
         kwargs = kwargs or {}
-        involved = tensors_in((args, kwargs))
+        involved = tensors_in((*args, *kwargs.values()))
         self._note_current(involved)
         if is_writing(func) and func not in RESHAPING:
             return self._write(func, involved, args, kwargs)
@@ -175,8 +175,8 @@ class LoaderMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         if parts is not NotImplemented:
             return parts
         result = func(*args, **kwargs)
-        before = {_key(tensor) for tensor in tensors_in((args, kwargs))}
-        for tensor in tensors_in(result):
+        before = {_key(tensor) for tensor in tensors_in((*args, *kwargs.values()))}
+        for tensor in tensors_in([result]):
             if _key(tensor) not in before:
                 self._set_origin(
                     tensor, Computed(self._names(tracked), self._cause(tracked, func), tensor.dtype)

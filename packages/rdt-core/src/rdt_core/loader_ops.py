@@ -8,10 +8,9 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 aten = torch.ops.aten
 
@@ -68,9 +67,15 @@ CREATING: dict[Any, Callable[[Sequence[Any]], float | None]] = {
 DESCRIBING = {aten.is_same_size.default, aten.is_pinned.default}
 
 
-def tensors_in(tree: Any) -> list[torch.Tensor]:
-    """All tensors in nested arguments, those in lists included."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+def tensors_in(arguments: Iterable[Any]) -> list[torch.Tensor]:
+    """All tensors among an operation's arguments or results, those in lists included."""
+    found: list[torch.Tensor] = []
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            found.append(argument)
+        elif isinstance(argument, list | tuple):
+            found += tensors_in(argument)
+    return found
 
 
 @functools.cache
@@ -92,7 +97,7 @@ def written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     written: list[torch.Tensor] = []
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            written += tensors_in(args[position] if position < len(args) else kwargs.get(argument.name))
+            written += tensors_in([args[position] if position < len(args) else kwargs.get(argument.name)])
     return written
 
 

@@ -37,7 +37,7 @@ class StridedShardDim:
     parallelism left on the rank. Where the dim does not divide evenly, this is the memory that FSDP2 lays
     out; DTensor's own offsets then name other rows.
 
-    Source: ``torch/distributed/fsdp/_fully_shard/_fsdp_param.py``, ``FSDPParam._init_sharded_parameter``,
+    Source: ``torch/distributed/fsdp/_fully_shard/_fsdp_param.py``, ``FSDPParam._init_sharded_param``,
     and ``torch/distributed/tensor/placement_types.py``, ``_StridedShard``.
     """
 

@@ -182,11 +182,9 @@ class WeightPublisher:
                 return Outcome(self._digest(task.payload))
         except RdtError as error:
             return Outcome(error=error)
-        except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
-            # Whatever torch, ray or the transport library says reaches the engine that asked, as text.
-            return Outcome(
-                error=RdtError(f"trainer rank {self._local.rank}: {type(error).__name__}: {error}")
-            )
+        except Exception as error:  # noqa: BLE001  whatever a library raises must reach the engine that waits
+            logger.warning("trainer rank %d: task %s failed", self._local.rank, task.kind, exc_info=True)
+            return Outcome(error=RdtError(f"trainer rank {self._local.rank}: {type(error).__name__}: {error}"))
         return Outcome(error=WireFormatError("trainer task", f"unknown kind {task.kind!r}"))
 
     def _export(self, payload: dict[str, Any]) -> object:

@@ -207,7 +207,8 @@ def _rdt_lifecycle(worker: Any, method: str, kwargs: dict[str, Any]) -> dict[str
 def _start_weight_update(worker: Any) -> None:
     """vLLM's own, but not refused because a failed update is still open on this rank.
 
-    (v1/worker/gpu_worker.py, 0.32: a worker whose update succeeded beside one that failed stays in it.) Ours touches no parameter before it is finished, so a new start may always replace it.
+    A worker whose update succeeded beside one that failed stays in it (v1/worker/gpu_worker.py, 0.32). Ours
+    touches no parameter before it is finished, so a new start may always replace it.
     """
     worker._weight_update_active = False
     type(worker).start_weight_update(worker)
@@ -286,9 +287,9 @@ def _packing_aside(process: Callable[..., None]) -> Callable[..., None]:
 
 def _computing_on_packed(apply: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(apply)
-    def compute(self: Any, output: Any, states: Any, w1: Any, w2: Any, *args: Any, **kwargs: Any) -> None:
+    def compute(self: Any, *, w1: Any, w2: Any, **kwargs: Any) -> None:
         w1, w2 = getattr(self, "rdt_packed_w13", w1), getattr(self, "rdt_packed_w2", w2)
-        apply(self, output, states, w1, w2, *args, **kwargs)
+        apply(self, w1=w1, w2=w2, **kwargs)
 
     return compute
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class RdtInitInfo(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not typed
+class RdtInitInfo(WeightTransferInitInfo):
     """Body of ``/init_weight_transfer_engine``: which group of trainers to read from.
 
     Args:
@@ -44,14 +44,14 @@ class RdtInitInfo(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not 
 
 
 @dataclass
-class RdtUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]  # vLLM is not typed
+class RdtUpdateInfo(WeightTransferUpdateInfo):
     """Body of ``/update_weights``: the published version to read, and a deadline in seconds."""
 
     version: int
     timeout_s: float = 60.0
 
 
-class RdtWeightTransferEngine(WeightTransferEngine[RdtInitInfo, RdtUpdateInfo]):  # type: ignore[misc]  # as above
+class RdtWeightTransferEngine(WeightTransferEngine[RdtInitInfo, RdtUpdateInfo]):
     """One worker's receiver. vLLM makes it after the model is loaded, when the backend is ``rdt``.
 
     All methods are called by vLLM from the thread that runs the model, between steps. ``update_weights``
@@ -75,7 +75,7 @@ class RdtWeightTransferEngine(WeightTransferEngine[RdtInitInfo, RdtUpdateInfo]):
         self._read: int | None = None
 
     def call(self, method: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """Answer one ``/rdt/*`` control request, errors included. Called through the worker's ``rdt_call``."""
+        """Answer one ``/rdt/*`` control request, errors included. Called by the worker's ``rdt_call``."""
         with set_current_vllm_config(self.vllm_config):
             return engine_rpc.call(self._subscriber, method, payload)
 

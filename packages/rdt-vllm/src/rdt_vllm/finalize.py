@@ -1,13 +1,14 @@
 """What vLLM derives from weights after a load, and how to derive it again after a commit.
 
 vLLM runs two kinds of post-load hooks: ``quant_method.process_weights_after_loading(layer)`` of every layer
-with weights, and ``module.process_weights_after_loading(...)`` of attention layers. Each is listed here by the
-class that implements it. What is not listed might lay parameters out anew, so it is refused when an engine
-connects, by the layer's name, and never run.
+with weights, and ``module.process_weights_after_loading(dtype)`` of attention layers. Each is listed here by
+the class that implements it. What is not listed might lay parameters out anew, so it is refused when an
+engine connects, by the layer's name, and never run.
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from rdt_core.errors import UnsupportedLoaderError
 from rdt_vllm import compat
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 _LAYERS = "vllm.model_executor.layers"
 _MOE = f"{_LAYERS}.fused_moe.unquantized_fused_moe_method.UnquantizedFusedMoEMethod"
@@ -44,6 +45,9 @@ _IMPL_HOOKS = {
     "vllm.v1.attention.backends.flashinfer.FlashInferImpl": True,
     "vllm.v1.attention.backends.mla.amx_mla.AMXMLAImpl": True,
 }
+
+# Parameters that hooks add to their module: derived, so no tensor of a checkpoint fills them.
+_DERIVED_PARAMETERS = ("W_K", "W_K_scale", "W_UK_T", "W_UK_T_dcp_qrep", "W_UV", "W_V", "W_V_scale")
 
 # Kernels of unquantized experts that compute on the checkpoint's own layout.
 _PLAIN_MOE_BACKENDS = frozenset({"TRITON", "BATCHED_TRITON"})
@@ -80,8 +84,30 @@ def find_hooks(model: torch.nn.Module, dtype: torch.dtype) -> tuple[Hook, ...]:
     Source: vllm 0.32 model_executor/model_loader/utils.py, process_weights_after_loading.
     """
     modules = list(model.named_modules())
+    # Some quantization methods are modules too, children of the layer that they serve.
+    methods = {id(getattr(module, "quant_method", None)) for _, module in modules}
+    others = [(name, module) for name, module in modules if id(module) not in methods]
     layers = [hook for name, module in modules for hook in _layer_hooks(name, module)]
-    return (*layers, *(hook for name, module in modules for hook in _module_hooks(name, module, dtype)))
+    return (*layers, *(hook for name, module in others for hook in _module_hooks(name, module, dtype)))
+
+
+@contextlib.contextmanager
+def derived_hidden(hooks: Iterable[Hook]) -> Iterator[None]:
+    """While the loader is recorded, take from the model the parameters that no loader fills."""
+    taken = [
+        (module, name, parameter)
+        for hook in hooks
+        if isinstance(module := hook.holders[0], torch.nn.Module)
+        for name, parameter in list(module.named_parameters(recurse=False))
+        if name in _DERIVED_PARAMETERS
+    ]
+    for module, name, _ in taken:
+        delattr(module, name)
+    try:
+        yield
+    finally:
+        for module, name, parameter in taken:
+            setattr(module, name, parameter)
 
 
 def refresh(hook: Hook) -> None:

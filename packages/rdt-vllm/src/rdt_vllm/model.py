@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rdt_core.recorder import record_loader
 from vllm.config import set_current_vllm_config
 
+from rdt_core.recorder import is_rotary_table, record_loader
 from rdt_vllm import finalize
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ class VllmModel:
             ModelMismatchError: the loader refuses a tensor.
         """
         self._hooks = finalize.find_hooks(self._model, self._vllm_config.model_config.dtype)
-        with set_current_vllm_config(self._vllm_config):
-            return record_loader(self._model, specs, skippable=self._skippable(specs))
+        with set_current_vllm_config(self._vllm_config), finalize.derived_hidden(self._hooks):
+            return record_loader(self._model, specs, skippable=self._may_drop)
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load whole checkpoint tensors by the model's own loader. Called at commit."""
@@ -61,11 +61,7 @@ class VllmModel:
             for hook in hooks:
                 finalize.refresh(hook)
 
-    def _skippable(self, specs: Sequence[TensorSpec]) -> frozenset[str]:
-        """Tensors that vLLM's loaders take and drop: a tied head, and rotary tables of old checkpoints."""
+    def _may_drop(self, tensor: str) -> bool:
+        """Whether vLLM's loaders take and drop a tensor: a tied head, a rotary table of an old checkpoint."""
         is_tied = getattr(self._vllm_config.model_config.hf_text_config, "tie_word_embeddings", False)
-        return frozenset(
-            spec.name
-            for spec in specs
-            if (is_tied and spec.name.endswith("lm_head.weight")) or "rotary_emb.inv_freq" in spec.name
-        )
+        return is_rotary_table(tensor) or (is_tied and tensor.endswith("lm_head.weight"))

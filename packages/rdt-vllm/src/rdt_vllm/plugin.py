@@ -65,7 +65,7 @@ def _add_flag(parser: argparse.ArgumentParser) -> None:
 class _ChooseBackend(argparse.Action):
     """Sets what ``--weight-transfer-config`` and ``--middleware`` would, in the process that parses."""
 
-    def __call__(  # type: ignore[explicit-override]  # typing.override came with Python 3.12
+    def __call__(
         self,
         parser: argparse.ArgumentParser,
         namespace: argparse.Namespace,

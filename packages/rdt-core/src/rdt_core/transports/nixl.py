@@ -53,6 +53,24 @@ def _build_agent() -> None:
             ) from error
 
 
+def _forget_source_actor(ref: Any) -> None:
+    """Make a ref put inside an actor look like one put by a driver, for whoever unpickles it.
+
+    A ref put in an actor carries the actor's handle, and unpickling a handle imports the actor's class: the
+    coordinator and every engine would import the trainer's module, or fail because they cannot. The handle
+    serves only to free the object from another process; here the putting process owns it.
+
+    Source: ray/experimental/rdt/rdt_manager.py, RDTManager.put_object and free_object_primary_copy (2.60).
+    """
+    import ray  # noqa: PLC0415
+    from ray.experimental.rdt.rdt_manager import RDTSource  # noqa: PLC0415
+
+    manager = ray._private.worker.global_worker.rdt_manager  # noqa: SLF001  Ray has no public way
+    with manager._lock:  # noqa: SLF001
+        known = manager._managed_rdt_metadata  # noqa: SLF001
+        known[ref.hex()] = known[ref.hex()]._replace(src_actor=RDTSource.DRIVER)
+
+
 class NixlExport:
     """See :class:`rdt_core.transports.base.Export`. The ticket is a list that holds one Ray object ref."""
 
@@ -64,7 +82,9 @@ class NixlExport:
         for view in self._views:
             register_nixl_memory(view)
         # A bare ref in a call would be resolved to its value on the way; inside a list it stays a ref.
-        self.ticket: list[Any] = [ray.put(self._views, _tensor_transport="nixl")]
+        ref = ray.put(self._views, _tensor_transport="nixl")
+        _forget_source_actor(ref)
+        self.ticket: list[Any] = [ref]
 
     def close(self) -> None:
         """Drop the ref and the registrations."""

@@ -1,0 +1,336 @@
+"""Everything that is run on this project: ``python -m nox`` for all of it, ``python -m nox -l`` for the list.
+
+Two environments are large, so each is built once, by a session of its own, and shared by the sessions that
+require it: ``env-torch`` (torch, ray, nixl; no engine) and ``env-vllm`` (the same with vLLM's CPU build and
+the demo's model). A stamp in the environment holds a hash of what it was built from, and only a change of
+that builds it again. docs/development.md says more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import nox
+from nox.command import CommandFailed
+
+nox.needs_version = ">=2025.10.16"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.download_python = "never"
+nox.options.error_on_missing_interpreters = False
+nox.options.reuse_venv = "yes"
+nox.options.envdir = ".nox"
+nox.options.sessions = [
+    "lint",
+    "typecheck",
+    "unit",
+    "contract",
+    "integration",
+    "e2e-vllm",
+    "demo",
+    "build",
+]
+
+ROOT = Path(__file__).parent
+PACKAGES = ("rdt-core", "rdt-megatron", "rdt-vllm", "rdt-sglang")
+ENVIRONMENTS = ROOT / ".nox"
+CONSTRAINTS = ROOT / "tests" / "constraints"
+TOOLS = CONSTRAINTS / "tools.txt"
+SCRIPT_FOLDERS = ("examples/demo", "benchmarks")
+UNIT_PYTHONS = ["3.11", "3.12", "3.13"]
+
+# The only index that carries CPU builds of torch under the `+cpu` version we pin.
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+# What rdt-core brings when it is installed into an empty environment, and nothing else.
+PLAIN_DEPENDENCIES = {
+    "msgpack", "httpx", "httpcore", "h11", "anyio", "idna", "certifi", "sniffio", "typing-extensions",
+}  # fmt: skip
+
+# Nothing that a session runs asks the network for a model or reports its use; a hung test is ended.
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "PYTEST_TIMEOUT": "300",
+}
+
+
+def choose_torch_python() -> str | None:
+    """The interpreter for the torch environments: 3.11, as pinned, or None for the running one."""
+    if sys.version_info[:2] == (3, 11) or not shutil.which("python3.11"):
+        return None
+    # A version manager may put a `python3.11` on PATH that only says it is not installed.
+    probe = subprocess.run(["python3.11", "-c", ""], capture_output=True, check=False, timeout=30)
+    return "3.11" if probe.returncode == 0 else None
+
+
+TORCH_PYTHON = choose_torch_python()
+TORCH_PYTHON_VERSION = TORCH_PYTHON or f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A shared virtual environment: its session, the complete list of its distributions, local extras."""
+
+    session: str
+    requirements: Path
+    local: tuple[Path, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """The virtual environment."""
+        return ENVIRONMENTS / self.session
+
+    @property
+    def stamp(self) -> Path:
+        """Where the fingerprint lies once the environment is complete."""
+        return self.folder / "rdt-fingerprint"
+
+    @property
+    def torch_pin(self) -> str:
+        """The line of the requirements that names torch."""
+        return next(line for line in self.requirements.read_text().splitlines() if line.startswith("torch=="))
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides what the built environment holds."""
+        projects = [folder / "pyproject.toml" for folder in self.local]
+        return hash_files(self.requirements, *projects, seed=TORCH_PYTHON_VERSION)
+
+    def is_built(self) -> bool:
+        """Whether the environment on disk is complete and what the requirements ask for now."""
+        return read_stamp(self.stamp) == self.fingerprint()
+
+
+def hash_files(*files: Path, seed: str = "") -> str:
+    """A hash of the contents of the files."""
+    digest = hashlib.sha256(seed.encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def read_stamp(stamp: Path) -> str | None:
+    """What the stamp holds; None where there is none."""
+    return stamp.read_text() if stamp.is_file() else None
+
+
+TORCH = Environment("env-torch", CONSTRAINTS / "torch-cpu.txt")
+VLLM = Environment(
+    "env-vllm", CONSTRAINTS / "vllm-latest.txt", (ROOT / "tests" / "environments" / "vllm-cpu-shim",)
+)
+
+
+def build_environment(session: nox.Session, environment: Environment) -> None:
+    """Fill the session's virtual environment, unless its stamp says that it is; install our packages."""
+    if Path(session.virtualenv.location) != environment.folder:
+        session.error(f"the shared environments are in {ENVIRONMENTS}; run nox without --envdir")
+    if environment.is_built():
+        session.log(f"{environment.session} is up to date with {environment.requirements.name}")
+    else:
+        environment.stamp.unlink(missing_ok=True)
+        install_torch(session, environment.torch_pin)
+        session.install("--no-deps", "-r", str(environment.requirements))
+        for folder in environment.local:
+            session.install("--no-deps", "--no-build-isolation", str(folder))
+        refuse_cuda_libraries(session)
+        environment.stamp.write_text(environment.fingerprint())
+    refresh_ours(session, environment)
+
+
+def refresh_ours(session: nox.Session, environment: Environment) -> None:
+    """Install our packages as editable, again only when their metadata changed: sources are read in place."""
+    stamp = environment.folder / "rdt-packages"
+    current = hash_files(*(ROOT / "packages" / name / "pyproject.toml" for name in PACKAGES))
+    if read_stamp(stamp) != current:
+        install_ours(session)
+        stamp.write_text(current)
+
+
+def install_torch(session: nox.Session, pin: str) -> None:
+    """Install the CPU build of torch from where pip is configured to look, or else from PyTorch's index."""
+    try:
+        session.install("--no-deps", pin)
+    except CommandFailed:
+        session.warn(f"pip's configured indexes have no {pin}; trying {TORCH_CPU_INDEX}")
+    else:
+        return
+    try:
+        session.install("--no-deps", "--index-url", TORCH_CPU_INDEX, pin)
+    except CommandFailed:
+        session.error(
+            f"{pin} was found neither where pip is configured to look nor at {TORCH_CPU_INDEX}. Set "
+            "PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS to a place that has it for this Python "
+            f"({TORCH_PYTHON_VERSION}) and platform."
+        )
+
+
+def refuse_cuda_libraries(session: nox.Session) -> None:
+    """End the session when a CUDA library was installed: gigabytes, and not what these sessions test."""
+    found = sorted(name for name in list_distributions(session) if name.startswith("nvidia-"))
+    if found:
+        session.error(f"CUDA libraries were installed into a CPU environment: {', '.join(found)}")
+
+
+def list_distributions(session: nox.Session, python: str = "python") -> set[str]:
+    """Names of the distributions that are installed beside this interpreter."""
+    listing = session.run(python, "-m", "pip", "list", "--format=json", silent=True, external=True)
+    return {entry["name"].lower().replace("_", "-") for entry in json.loads(str(listing))}
+
+
+def install_ours(session: nox.Session) -> None:
+    """Install our packages as editable, with their entry points and without their dependencies."""
+    folders = [argument for name in PACKAGES for argument in ("-e", f"packages/{name}")]
+    session.install("--no-deps", "--no-build-isolation", *folders)
+
+
+def run_in(
+    session: nox.Session,
+    environment: Environment,
+    *arguments: str,
+    patience_s: int = 15,
+    env: dict[str, str] | None = None,
+) -> None:
+    """Run this environment's Python. After Ctrl-C the command has ``patience_s`` seconds to clean up."""
+    folder = environment.folder
+    session.run(
+        str(folder / "bin" / "python"),
+        *arguments,
+        external=True,
+        interrupt_timeout=patience_s,
+        terminate_timeout=patience_s,
+        env={
+            **QUIET,
+            "VIRTUAL_ENV": str(folder),
+            "PATH": os.pathsep.join((str(folder / "bin"), os.environ["PATH"])),
+            **(env or {}),
+        },
+    )
+
+
+@nox.session(name="env-torch", python=TORCH_PYTHON, default=False, reuse_venv=TORCH.is_built())
+def env_torch(session: nox.Session) -> None:
+    """Build the environment with torch, ray and nixl that several sessions share."""
+    build_environment(session, TORCH)
+
+
+@nox.session(name="env-vllm", python=TORCH_PYTHON, default=False, reuse_venv=VLLM.is_built())
+def env_vllm(session: nox.Session) -> None:
+    """Build the environment with vLLM's CPU build that e2e-vllm and demo share."""
+    build_environment(session, VLLM)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting with ruff."""
+    session.install("-c", str(TOOLS), "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(venv_backend="none", requires=["env-torch"])
+def typecheck(session: nox.Session) -> None:
+    """Check types with mypy, strictly, against the real torch."""
+    run_in(session, TORCH, "-m", "mypy", *session.posargs)
+    for folder in SCRIPT_FOLDERS:
+        run_in(session, TORCH, "-m", "mypy", folder, env={"MYPYPATH": folder})
+
+
+@nox.session(python=UNIT_PYTHONS)
+def unit(session: nox.Session) -> None:
+    """Run the unit tests. They need neither torch nor ray; a Python that is not installed is skipped."""
+    session.install("-r", str(TOOLS))
+    install_ours(session)
+    strict = ("-W", "error::ResourceWarning")
+    session.run("python", "-m", "pytest", "tests/unit", *strict, *session.posargs, env=QUIET)
+
+
+@nox.session(venv_backend="none", requires=["env-torch"])
+def contract(session: nox.Session) -> None:
+    """Run the tests that every transport, exporter and engine must pass alike."""
+    run_in(session, TORCH, "-m", "pytest", "tests/contract", "-m", "not cuda", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["env-torch"])
+def integration(session: nox.Session) -> None:
+    """Run several real processes of ours against each other over Ray and NIXL, on CPU memory."""
+    run_in(session, TORCH, "-m", "pytest", "tests/integration", "-m", "not cuda", *session.posargs)
+
+
+@nox.session(name="e2e-vllm", venv_backend="none", requires=["env-vllm"])
+def e2e_vllm(session: nox.Session) -> None:
+    """Sync weights into real vLLM servers on the CPU, and compare every byte."""
+    run_in(session, VLLM, "-m", "pytest", "tests/e2e", "-m", "not cuda", *session.posargs, patience_s=30)
+
+
+@nox.session(venv_backend="none", requires=["env-vllm"])
+def demo(session: nox.Session) -> None:
+    """Run examples/demo/run.py: a trainer and a vLLM server side by side. Arguments after -- go to it."""
+    run_in(session, VLLM, "examples/demo/run.py", *session.posargs, patience_s=30)
+
+
+@nox.session(venv_backend="none", requires=["env-torch"], default=False)
+def bench(session: nox.Session) -> None:
+    """Run benchmarks/sync.py. Arguments after -- go to it."""
+    run_in(session, TORCH, "benchmarks/sync.py", *session.posargs, patience_s=30)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build the wheels and sdists, and install each package into an empty environment."""
+    session.install("-c", str(TOOLS), "build", "hatchling", "virtualenv")
+    dist = ROOT / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    for name in PACKAGES:
+        session.run(
+            "python", "-m", "build", "--no-isolation", "--outdir", str(dist), f"packages/{name}", silent=True
+        )
+    for name in PACKAGES:
+        check_wheel(session, dist, name)
+
+
+def check_wheel(session: nox.Session, dist: Path, name: str) -> None:
+    """Import a package from its wheel alone, then with its dependencies; refuse any that is not expected."""
+    module = name.replace("-", "_")
+    wheels = {package: find_wheel(dist, package) for package in ("rdt-core", name)}
+    clean = Path(session.create_tmp()) / name
+    session.run("python", "-m", "virtualenv", "--quiet", "--clear", str(clean))
+    python = str(clean / "bin" / "python")
+
+    def run(*arguments: str) -> None:
+        session.run(python, *arguments, external=True)
+
+    before = list_distributions(session, python)
+    run("-m", "pip", "install", "--quiet", "--no-deps", str(wheels[name]))
+    if name != "rdt-core":
+        run("-c", f"import {module}; print({module}.__file__)")
+    run("-m", "pip", "install", "--quiet", "-c", str(TOOLS), *map(str, wheels.values()))
+    run("-m", "pip", "check")
+    run("-c", f"import {module}; print({module}.__version__)")
+    run("-c", LOAD_ENTRY_POINTS, name)
+    unexpected = list_distributions(session, python) - before - PLAIN_DEPENDENCIES - {"rdt-core", name}
+    if unexpected:
+        session.error(f"{name} brings {sorted(unexpected)} into an empty environment; expected none of these")
+
+
+def find_wheel(dist: Path, name: str) -> Path:
+    """The one wheel of this package that was just built."""
+    (wheel,) = dist.glob(f"{name.replace('-', '_')}-*.whl")
+    return wheel
+
+
+LOAD_ENTRY_POINTS = """
+import importlib.metadata, sys
+for point in importlib.metadata.distribution(sys.argv[1]).entry_points:
+    print(point.group, point.name, point.load())
+"""
+
+
+if __name__ == "__main__":
+    nox.main()

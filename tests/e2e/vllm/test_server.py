@@ -1,0 +1,210 @@
+"""``vllm serve --weight-sync rdt`` beside a trainer process and a Ray cluster, over the real transport."""
+
+from __future__ import annotations
+
+import signal
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from rdt_core import WeightSync
+from rdt_core.errors import NotPublishedError, RdtError, UpdateFailedError
+from tests.e2e.vllm.conftest import API_KEY, Server, Trainer, serve, start_trainer
+from tests.e2e.vllm.probe import NUM_TOKENS, PROMPTS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.slow
+
+FAMILY = "qwen3"  # tied embeddings; the other families are compared tensor by tensor in test_derived.py
+LONG = 100
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+def server(request: pytest.FixtureRequest, checkpoint: Callable[[str, int], Path]) -> Iterator[Server]:
+    """One server for all tests of a tensor-parallel size, started from seed 0, not in development mode."""
+    with serve(checkpoint(FAMILY, 0), "--weight-sync", "rdt", "-tp", str(request.param)) as started:
+        yield started
+
+
+@pytest.fixture
+def trainer(ray_address: str, checkpoint: Callable[[str, int], Path]) -> Iterator[Trainer]:
+    """A trainer of a group of its own."""
+    with start_trainer(f"group-{uuid.uuid4().hex[:8]}", ray_address, checkpoint(FAMILY, 0)) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def answers_of(
+    checkpoint: Callable[[str, int], Path], run_probe: Callable[..., list[dict[str, Any]]]
+) -> Callable[[int], list[list[int]]]:
+    """The greedy answers of a stock vLLM that loaded the checkpoint of a seed."""
+    known: dict[int, list[list[int]]] = {}
+
+    def find(seed: int) -> list[list[int]]:
+        if seed not in known:
+            (loaded,) = run_probe("--model", checkpoint(FAMILY, seed))
+            known[seed] = loaded["answers"]
+        return known[seed]
+
+    return find
+
+
+@contextmanager
+def connect(server: Server, trainer: Trainer) -> Iterator[WeightSync]:
+    with WeightSync.connect(trainer.group, engines=[server.url], api_key=API_KEY) as sync:
+        yield sync
+
+
+def ask_all(server: Server) -> list[list[int]]:
+    return [ask(server, prompt, NUM_TOKENS) for prompt in PROMPTS]
+
+
+def ask(server: Server, prompt: str, num_tokens: int) -> list[int]:
+    body: dict[str, Any] = {"model": "m", "prompt": prompt, "max_tokens": num_tokens, "temperature": 0}
+    answer = server.post("/v1/completions", {**body, "ignore_eos": True, "return_token_ids": True})
+    assert answer.is_success, answer.text
+    return list(answer.json()["choices"][0]["token_ids"])
+
+
+def next_version(server: Server) -> int:
+    """Servers outlive tests, and versions only grow."""
+    return max(rank["version"] for rank in server.get("/rdt/status").json()["ranks"]) + 1
+
+
+def test_after_every_sync_the_server_answers_as_one_that_loaded_those_weights(
+    server: Server,
+    trainer: Trainer,
+    checkpoint: Callable[[str, int], Path],
+    answers_of: Callable[[int], list[list[int]]],
+) -> None:
+    with connect(server, trainer) as sync:
+        for version, seed in enumerate((1, 2, 1), start=next_version(server)):
+            trainer.publish(checkpoint(FAMILY, seed), version)
+            report = sync.update(version=version)
+            assert ask_all(server) == answers_of(seed)
+            assert 0 < report.commit_s <= report.stall_s
+            assert sync.verify().bytes_equal
+            assert server.get("/weight_info").json() == {"weight_version": str(version)}
+    assert answers_of(1) != answers_of(2)
+
+
+def test_requests_in_flight_survive_a_commit_and_their_tokens_are_labelled(
+    server: Server, trainer: Trainer, checkpoint: Callable[[str, int], Path]
+) -> None:
+    version = next_version(server)
+    with connect(server, trainer) as sync, ThreadPoolExecutor(4) as pool:
+        trainer.publish(checkpoint(FAMILY, 1), version)
+        sync.update(version=version)
+        trainer.publish(checkpoint(FAMILY, 2), version + 1)
+        running = [pool.submit(generate, server, [3 + i, 14], LONG) for i in range(3)]
+        wait_for_tokens(server)
+        sync.update(version=version + 1)
+        choices = [future.result(timeout=120) for future in running]
+    spans = [choice["weight_versions"] for choice in choices]
+    assert [len(choice["token_ids"]) for choice in choices] == [LONG] * 3
+    assert all({span["version"] for span in s} <= {str(version), str(version + 1)} for s in spans)
+    assert any(len(s) == 2 for s in spans), spans
+
+
+def test_an_update_that_fails_leaves_the_old_version_serving_and_the_next_one_working(
+    server: Server,
+    trainer: Trainer,
+    checkpoint: Callable[[str, int], Path],
+    answers_of: Callable[[int], list[list[int]]],
+) -> None:
+    version = next_version(server)
+    with connect(server, trainer) as sync:
+        trainer.publish(checkpoint(FAMILY, 1), version)
+        sync.update(version=version)
+        with pytest.raises((NotPublishedError, RdtError)):
+            sync.update(version=version + 1, timeout_s=2)
+        assert ask_all(server) == answers_of(1)
+        trainer.publish(checkpoint(FAMILY, 2), version + 2)
+        sync.update(version=version + 2)
+    assert ask_all(server) == answers_of(2)
+
+
+def test_a_trainer_that_dies_fails_the_update_by_name_and_another_one_can_take_over(
+    server: Server,
+    trainer: Trainer,
+    ray_address: str,
+    checkpoint: Callable[[str, int], Path],
+    answers_of: Callable[[int], list[list[int]]],
+) -> None:
+    version = next_version(server)
+    with connect(server, trainer) as sync:
+        trainer.publish(checkpoint(FAMILY, 1), version)
+        sync.update(version=version)
+        trainer.publish(checkpoint(FAMILY, 2), version + 1)
+        trainer.process.send_signal(signal.SIGKILL)
+        trainer.process.wait(10)
+        with pytest.raises(UpdateFailedError, match=f"version {version + 1} failed in prepare"):
+            sync.update(version=version + 1, timeout_s=20)
+        assert ask_all(server) == answers_of(1)
+    with start_trainer(f"{trainer.group}-again", ray_address, checkpoint(FAMILY, 0)) as other:
+        other.publish(checkpoint(FAMILY, 2), version + 2)
+        with connect(server, other) as sync:
+            sync.update(version=version + 2)
+            assert ask_all(server) == answers_of(2)
+
+
+def test_vllms_own_update_routes_carry_out_a_sync_and_recover_from_a_failed_one(
+    server: Server,
+    trainer: Trainer,
+    ray_address: str,
+    checkpoint: Callable[[str, int], Path],
+    answers_of: Callable[[int], list[list[int]]],
+) -> None:
+    version = next_version(server)
+    init = {"group": trainer.group, "ray_address": ray_address}
+    trainer.publish(checkpoint(FAMILY, 1), version)
+    assert server.post("/init_weight_transfer_engine", {"init_info": init}).is_success
+
+    assert server.post("/start_weight_update").is_success
+    refused = server.post("/update_weights", {"update_info": {"version": version + 1}})
+    assert refused.json()["error"]["type"] == "NotPublishedError"
+
+    assert server.post("/start_weight_update").is_success
+    assert server.post("/update_weights", {"update_info": {"version": version}}).is_success
+    assert server.post("/finish_weight_update", {"weight_version": "mine"}).is_success
+    server.post("/pause?mode=keep&clear_cache=true")
+    server.post("/resume")
+    assert ask_all(server) == answers_of(1)
+    assert server.get("/weight_info").json() == {"weight_version": "mine"}
+    assert server.post("/shutdown_weight_transfer_engine").is_success
+
+
+def test_another_models_checkpoint_is_refused_at_connect_and_the_server_goes_on(
+    server: Server, ray_address: str, checkpoint: Callable[[str, int], Path]
+) -> None:
+    before = ask_all(server)
+    with start_trainer(f"group-{uuid.uuid4().hex[:8]}", ray_address, checkpoint("qwen3_moe", 0)) as other:
+        other.publish(checkpoint("qwen3_moe", 0), next_version(server))
+        with pytest.raises(RdtError, match="same model"), connect(server, other):
+            pass
+    assert ask_all(server) == before
+
+
+def generate(server: Server, prompt: list[int], num_tokens: int) -> dict[str, Any]:
+    """One greedy answer by token ids, with the weight version of every span of tokens."""
+    sampling = {"max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
+    answer = server.post("/inference/v1/generate", {"token_ids": prompt, "sampling_params": sampling})
+    assert answer.is_success, answer.text
+    return dict(answer.json()["choices"][0])
+
+
+def wait_for_tokens(server: Server) -> None:
+    """Until the server has generated a token of what runs: its metrics say how many requests do."""
+    for _ in range(600):
+        text = httpx.get(f"{server.url}/metrics", timeout=30).text
+        running = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running{")]
+        if running and float(running[0].rsplit(" ", 1)[1]) > 0:
+            return
+    pytest.fail("no request was running after 600 looks")
