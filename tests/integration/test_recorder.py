@@ -288,6 +288,7 @@ def add_buffer(model: Model, tensor: torch.Tensor) -> None:
 
 
 def set_storage(model: Model, tensor: torch.Tensor) -> None:
+    target_of(model).copy_(tensor)
     torch.ops.aten.set_.source_Tensor(target_of(model), tensor)
 
 
@@ -311,6 +312,72 @@ def test_a_loader_that_exchanges_memory_is_refused_and_undone(
     assert model.weight is held
     assert target_of(model).data_ptr() == address
     assert not list(model.buffers())
+
+
+def test_what_the_loader_derives_into_plain_attributes_is_left_as_it_was() -> None:
+    def load_one(model: Model, name: str, tensor: torch.Tensor) -> None:
+        target_of(model).copy_(tensor)
+        model.kept.copy_(target_of(model).t().contiguous())  # type: ignore[operator]  # a tensor
+        model.rebound = target_of(model) * 2
+        model.stashed = tensor
+
+    model = one_parameter(load_one)
+    model.kept, model.rebound = torch.full((HIDDEN, 2), 5.0), torch.full((2,), 6.0)
+    kept, rebound = model.kept, model.rebound
+    assert not record_loader(model, WEIGHT).reload
+    assert model.kept is kept
+    assert bool((kept == 5).all())
+    assert model.rebound is rebound
+    assert not hasattr(model, "stashed")
+
+
+def test_what_was_derived_into_a_plain_attribute_taints_what_is_copied_from_it() -> None:
+    def load_one(model: Model, name: str, tensor: torch.Tensor) -> None:
+        target_of(model).copy_(tensor)
+        model.scratch.copy_(target_of(model))  # type: ignore[operator]  # a tensor
+        model.scratch.mul_(2)  # type: ignore[operator]  # a tensor
+        model.get_parameter("twofold").data.copy_(model.scratch)  # type: ignore[arg-type]  # a tensor
+
+    model, twin = one_parameter(load_one), one_parameter(load_one)
+    for one in (model, twin):
+        one.twofold, one.scratch = parameter(2, HIDDEN), torch.zeros(2, HIDDEN)
+    recording = record_and_compare(model, twin, randoms({"weight": (2, HIDDEN)}))
+    assert recording.reload == {"weight": "aten.mul_.Tensor"}
+
+
+def test_an_indexed_write_that_accumulates_is_refused() -> None:
+    def load_one(model: Model, name: str, tensor: torch.Tensor) -> None:
+        target_of(model).index_put_((torch.tensor([0, 1]),), tensor, accumulate=True)
+
+    with pytest.raises(UnsupportedLoaderError, match="index_put_"):
+        record_loader(one_parameter(load_one), WEIGHT)
+
+
+def test_constants_are_rounded_as_the_parameter_rounds_them() -> None:
+    def load_one(model: Model, name: str, tensor: torch.Tensor) -> None:
+        target_of(model).copy_(tensor)
+        for kind in ("wide", "narrow"):
+            model.get_parameter(kind).data.fill_(0.1)
+        model.get_parameter("wide").data[1].copy_(tensor.new_full((), 0.3, dtype=torch.float32))
+        model.get_parameter("wide").data[2:] = 7.7
+
+    model, twin = one_parameter(load_one), one_parameter(load_one)
+    for one in (model, twin):
+        one.wide, one.narrow = parameter(4, dtype=torch.float32), parameter(3, dtype=torch.float16)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        recording = record_and_compare(model, twin, randoms({"weight": (2, HIDDEN)}))
+    finally:
+        torch.set_default_dtype(default)
+    assert not recording.reload
+
+
+def test_a_write_into_an_expanded_view_is_refused() -> None:
+    with pytest.raises(UnsupportedLoaderError, match="expanded"):
+        record_loader(
+            one_parameter(lambda model, _, t: target_of(model)[:1].expand(2, HIDDEN).copy_(t)), WEIGHT
+        )
 
 
 def test_a_failure_half_way_leaves_every_byte_and_every_parameter() -> None:

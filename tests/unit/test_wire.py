@@ -169,7 +169,7 @@ def replaced(index: int, value: object) -> bytes:
         (manifest_to_bytes(GOOD) + b"\x00", "more bytes follow"),
         (b"\xdd\xff\xff\xff\xff" * 50, "valid msgpack"),
         (b"\x91" * 100_000, "valid msgpack"),
-        (b"\xdb\x7f\xff\xff\xff", "ends before its format name"),
+        (b"\xdb\x7f\xff\xff\xff", "its format name"),
         (b"\xc1", "valid msgpack"),
         (b"\xa2\xff\xff", "valid msgpack"),
     ],

@@ -11,18 +11,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).parents[3]
 START_TIMEOUT_S = 400.0
 STOP_TIMEOUT_S = 30.0
 API_KEY = "only-for-tests"
+ANSWER = "trainer: "
 
 # Loopback only, one thread a process, no network lookups. The engine in a probe runs in the probe's process.
 ENGINE_ENV = {
@@ -119,7 +122,7 @@ def serve(model: Path, *args: str, env: dict[str, str] | None = None) -> Iterato
             yield server
         finally:
             _end(process)
-            print(server.log.read_text(errors="replace")[-8000:])  # noqa: T201  pytest shows it with a failure
+            print(server.log.read_text(errors="replace")[-8000:])  # noqa: T201  shown with a failure
 
 
 def _is_healthy(server: Server) -> bool:
@@ -178,11 +181,12 @@ class Trainer:
         self.group, self.process = group, process
 
     def ask(self, *words: object) -> str:
-        """Send one line and wait for one line back, or for the process to end."""
+        """Send one line and wait for its answer, or for the process to end; libraries print between."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(*words, file=self.process.stdin, flush=True)
-        return self.process.stdout.readline().strip()
+        answers = (line for line in self.process.stdout if line.startswith(ANSWER))
+        return next(answers, "").removeprefix(ANSWER).strip()
 
     def publish(self, folder: Path, version: int) -> None:
         assert self.ask("publish", folder, version) == f"published {version}"

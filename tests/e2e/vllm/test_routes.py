@@ -233,7 +233,8 @@ def test_commits_of_one_server_take_turns(client: RecordingClient) -> None:
 
     async def commit_twice() -> None:
         backend = VllmBackend(client)
-        await asyncio.gather(*(backend.commit({"version": version, "kv_cache": "keep"}) for version in (1, 2)))
+        payloads = [{"version": version, "kv_cache": "keep"} for version in (1, 2)]
+        await asyncio.gather(*map(backend.commit, payloads))
 
     asyncio.run(commit_twice())
     assert client.calls == ["pause:keep:False", "rdt_call:commit", "label", "resume"] * 2

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from rdt_core.publisher import WeightPublisher
+from tests.e2e.vllm.conftest import ANSWER
 from tests.e2e.vllm.probe import CheckpointTrainer
 
 
@@ -20,7 +21,8 @@ def main() -> None:
     trainer = CheckpointTrainer(folder)
     with WeightPublisher.attach(group, trainer.shards()) as publisher:
         for line in sys.stdin:
-            print(_carry_out(line.split(), trainer, publisher), flush=True)  # noqa: T201  the answer
+            answer = _carry_out(line.split(), trainer, publisher)
+            print(ANSWER + answer, flush=True)  # noqa: T201  read by who started us
 
 
 def _carry_out(words: list[str], trainer: CheckpointTrainer, publisher: WeightPublisher) -> str:

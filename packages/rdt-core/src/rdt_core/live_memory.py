@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -14,7 +15,6 @@ from rdt_core.errors import UnsupportedLoaderError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
     from torch.nn import Module
 
 
@@ -44,13 +44,17 @@ class LiveMemory:
             _hold(name, tensor, is_parameter) for name, tensor, is_parameter in _tensors_of(model)
         ]
         self._slots = [(slot, dict(slot)) for module in model.modules() for slot in _slots_of(module)]
+        self._attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
         self.window_of: dict[int, str] = {}
         self.windows: dict[str, torch.Tensor] = {}
         for holder in self.holders:
             storage = holder.alias.untyped_storage()
-            if storage.nbytes() and storage.data_ptr() not in self.window_of:
-                self.window_of[storage.data_ptr()] = holder.name
-                self.windows[holder.name] = flat_bytes(holder.alias, 0, storage.nbytes())
+            if not storage.nbytes():
+                continue
+            name = self.window_of.setdefault(storage.data_ptr(), holder.name)
+            known = self.windows.get(name)
+            if known is None or known.numel() < storage.nbytes():
+                self.windows[name] = flat_bytes(holder.alias, 0, storage.nbytes())
 
     def find_window(self, tensor: torch.Tensor) -> str | None:
         """Name of the window whose storage ``tensor`` is a view of; None when it is none of the model's."""
@@ -70,12 +74,15 @@ class LiveMemory:
         )
 
     def restore(self) -> str | None:
-        """Put every parameter and buffer back to where it pointed. Idempotent.
+        """Put every parameter, buffer and plain tensor attribute back to where it pointed. Idempotent.
 
         Returns:
-            The name of one that had moved, or None.
+            The name of a parameter or buffer that had moved, or None. Plain attributes do not count: what
+            the loader derived from old weights is dropped, and the engine keeps what it had.
         """
         moved = None
+        for attributes, before in self._attributes:
+            _restore_tensors(attributes, before)
         for slot, expected in self._slots:
             changed = [n for n in {**slot, **expected} if slot.get(n) is not expected.get(n)]
             if changed or len(slot) != len(expected):
@@ -92,6 +99,18 @@ class LiveMemory:
 def _slots_of(module: Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """Where a module keeps its parameters and buffers. Torch has no public way to put one back."""
     return module._parameters, module._buffers  # noqa: SLF001  # see above
+
+
+def _restore_tensors(attributes: dict[str, Any], before: dict[str, Any]) -> None:
+    for name, value in list(attributes.items()):
+        old = before.get(name)
+        if value is old or not (isinstance(value, torch.Tensor) or isinstance(old, torch.Tensor)):
+            continue
+        if name in before:
+            attributes[name] = old
+        else:
+            del attributes[name]
+    attributes.update({name: old for name, old in before.items() if isinstance(old, torch.Tensor)})
 
 
 def _tensors_of(model: Module) -> Iterator[tuple[str, torch.Tensor, bool]]:

@@ -19,13 +19,14 @@ from rdt_core.loader_ops import (
     COPYING,
     CREATING,
     MOVING,
-    OVERWRITING,
+    REBINDING,
     RESHAPING,
     as_result,
     asks_for_value,
     aten,
     is_view,
     is_writing,
+    overwrites,
     tensors_in,
     written_arguments,
 )
@@ -45,7 +46,7 @@ from rdt_core.provenance import (
     list_pairs,
     names_of,
 )
-from rdt_core.strided import Axis, Pairing
+from rdt_core.strided import Axis, Pairing, is_gapless
 from rdt_core.write_log import Write, WriteLog, is_covered, settle, unit_of
 
 if TYPE_CHECKING:
@@ -268,20 +269,25 @@ class LoaderMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         if source.numel() == 1 and not self._is_tracked(source) and self._memory.find_window(source) is None:
             return self._fill(target, source.item())
         source = source.expand(target.shape)
+        self._check_not_expanded(target)
         window = self._memory.find_window(target)
         if window is not None:
             self._log_copy(window, target, source)
         elif target.device.type == "meta":
             self._overwrite(target, source)
-        elif self._is_tracked(source) or self._memory.overlaps(target):
+        elif source.device.type == "meta" or self._memory.overlaps(target):
             raise self._refuse("a copy into memory that is no parameter's", self._names([source]))
+        elif self._is_tracked(source):  # something derived from parameters: the engine keeps its old values
+            self._taint([target], self._names([source]), self._cause([source], aten.copy_.default))
         else:
             target.copy_(source)
         return target
 
-    def _log_copy(self, window: str, target: torch.Tensor, source: torch.Tensor) -> None:
+    def _check_not_expanded(self, target: torch.Tensor) -> None:
         if any(n > 1 and step == 0 for n, step in zip(target.shape, target.stride(), strict=True)):
-            raise self._refuse("a copy into an expanded parameter")
+            raise self._refuse("a write into an expanded view")
+
+    def _log_copy(self, window: str, target: torch.Tensor, source: torch.Tensor) -> None:
         origin = self._origin(source)
         if isinstance(origin, Computed) and not origin.names:
             if self._memory.find_window(source) is not None or source.device.type == "meta":
@@ -310,7 +316,7 @@ class LoaderMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
     def _overwrite(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """A copy between placeholders: the target's storage gets another origin."""
-        if target.numel() == _num_elements(target) and _is_dense(target):
+        if _is_dense(target):
             self._set_joined(target, 0, [source], "aten.copy_.default")
             return
         old, new = self._origins.get(_key(target)), self._origin(source)
@@ -338,6 +344,7 @@ class LoaderMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self._set_origin(target, Numbered(flat, self.numbering, target.dtype, casts))
 
     def _fill(self, target: torch.Tensor, value: float) -> torch.Tensor:
+        self._check_not_expanded(target)
         constant = _constant(value, target.dtype)
         window = self._memory.find_window(target)
         if window is not None:
@@ -353,12 +360,11 @@ class LoaderMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def _fill_placeholder(self, target: torch.Tensor, constant: Constant) -> None:
         """The loader changes a checkpoint tensor: only its placeholder learns of it."""
         old = self._origins.get(_key(target))
-        if isinstance(old, Named):
-            self.emptied.add(old.name)
-        if target.numel() == _num_elements(target):
+        if _is_dense(target):
+            self.emptied |= names_of(old) if isinstance(old, Named) else set()
             self._set_origin(target, constant)
-        elif isinstance(old, Computed):
-            self._taint([target], old.names, old.operation)
+        elif old is not None and (isinstance(old, Computed) or old.dtype != target.dtype):
+            self._taint([target], self._names([target]), self._cause([target], aten.fill_.Scalar))
         else:
             self._renumber(target, constant, target, casts_of(old) if old is not None else ())
 
@@ -373,20 +379,25 @@ class LoaderMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             if any(map(self._memory.overlaps, written)):
                 raise self._refuse(str(func))
             return func(*args, **kwargs)
+        if func._schema.name in REBINDING:  # noqa: SLF001  # torch has no public name for a schema
+            raise self._refuse(str(func), names)
+        may_overwrite = overwrites(func, args, kwargs)
         for tensor in written:
             if self._memory.find_window(tensor) is not None:
-                self._log_computed(func, tensor, names)
-            elif tensor.device.type == "meta":
-                self._taint([tensor], names, str(func))
-            else:
+                self._log_computed(func, tensor, names, may_overwrite=may_overwrite)
+            elif tensor.device.type != "meta" and any(t.device.type == "meta" for t in involved):
                 raise self._refuse(f"{func} into memory that is no parameter's", names)
+            else:
+                self._taint([tensor], names, str(func))
         return as_result(func, written)
 
-    def _log_computed(self, func: Any, target: torch.Tensor, names: frozenset[str]) -> None:
+    def _log_computed(
+        self, func: Any, target: torch.Tensor, names: frozenset[str], *, may_overwrite: bool
+    ) -> None:
         window = self._memory.find_window(target)
         if window is None or not target.numel():
             return
-        if func not in OVERWRITING and not self._was_written(window, target):
+        if not may_overwrite and not self._was_written(window, target):
             # It would be applied again at every version, on top of the version before.
             raise self._refuse(f"{func} on a parameter that it did not load", names)
         origin = Computed(names or self._present(), str(func), target.dtype)
@@ -413,8 +424,7 @@ def _num_elements(tensor: torch.Tensor) -> int:
 
 def _is_dense(tensor: torch.Tensor) -> bool:
     """Whether a tensor takes up its storage without gaps, in any order of dims."""
-    span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.numel() in (0, span) and tensor.numel() == _num_elements(tensor)
+    return tensor.numel() == _num_elements(tensor) and is_gapless(tensor.shape, tensor.stride(), 1)
 
 
 def _pairing(source: torch.Tensor, target: torch.Tensor) -> Pairing:
@@ -426,7 +436,7 @@ def _pairing(source: torch.Tensor, target: torch.Tensor) -> Pairing:
 
 
 def _constant(value: float, dtype: torch.dtype) -> Constant:
-    return Constant(torch.tensor(value).to(dtype).item(), dtype)
+    return Constant(torch.full((), value, dtype=dtype).item(), dtype)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

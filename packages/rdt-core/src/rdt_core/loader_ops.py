@@ -24,6 +24,8 @@ RESHAPING = {
     aten.as_strided_.default,
     aten.detach_.default,
 }
+# Change which memory a tensor object has.
+REBINDING = {"aten::set_", "aten::resize_", "aten::resize_as_"}
 # Write some elements of their first argument and read none of it.
 OVERWRITING = {
     aten.index_put_.default,
@@ -99,6 +101,14 @@ def written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if argument.alias_info is not None and argument.alias_info.is_write:
             written += tensors_in([args[position] if position < len(args) else kwargs.get(argument.name)])
     return written
+
+
+def overwrites(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation only writes to its first argument, and does not add to what is there."""
+    if func not in OVERWRITING:
+        return False
+    names = [argument.name for argument in func._schema.arguments]
+    return not {**dict(zip(names, args, strict=False)), **kwargs}.get("accumulate", False)
 
 
 def as_result(func: Any, written: list[torch.Tensor]) -> Any:

@@ -81,9 +81,9 @@ def record_loader(
     """Where every region of the given checkpoint tensors lands in ``model``.
 
     Called by an engine adapter once at connect, on every engine rank, from the thread that runs the model.
-    Takes seconds, no collective. Leaves every parameter and buffer as it was, also after an error; plain
-    attributes that the loader sets on modules stay set. Order of a replay: ``EngineModel.load`` of the
-    reload tensors, then shards and fills in any order, then ``EngineModel.finalize``.
+    Takes seconds, no collective. Leaves every parameter, buffer and tensor attribute of a module as it was,
+    also after an error; other attributes that the loader sets stay set. A replay is ``EngineModel.load`` of
+    the reload tensors, then shards and fills in any order, then ``EngineModel.finalize``.
 
     Args:
         model: this rank's live model.
@@ -165,6 +165,9 @@ class _Resolver:
         self._log: WriteLog = mode.log
         self._emptied = frozenset(mode.emptied)
         self._memory = memory
+        self._holders: dict[str, list[torch.Tensor]] = {}
+        for holder in memory.holders:
+            self._holders.setdefault(memory.find_window(holder.alias) or "", []).append(holder.alias)
         self._reload: dict[str, str] = {}
 
     def resolve(self, specs: Sequence[TensorSpec], skippable: Callable[[str], bool]) -> Recording:
@@ -193,8 +196,7 @@ class _Resolver:
 
     def _settle(self, window: str) -> Settled:
         writes = self._log.by_window[window]
-        holders = [h.alias for h in self._memory.holders if self._memory.find_window(h.alias) == window]
-        return settle(writes, unit_of(writes, holders))
+        return settle(writes, unit_of(writes, self._holders[window]))
 
     def _check_covered(self, settled: dict[str, Settled]) -> None:
         missing = []

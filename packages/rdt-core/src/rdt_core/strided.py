@@ -8,6 +8,7 @@ knows of models.
 from __future__ import annotations
 
 import math
+import operator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -66,6 +67,18 @@ class _Cursor(NamedTuple):
 def row_major_steps(shape: Sequence[int]) -> tuple[int, ...]:
     """Distance in elements between neighbours along each dim of a contiguous array."""
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def is_gapless(lengths: Iterable[int], steps: Iterable[int], unit: int) -> bool:
+    """Whether nested loops visit every place of their span once, ``unit`` apart, in whatever order."""
+    expected = unit
+    for length, step in sorted(zip(lengths, steps, strict=True), key=operator.itemgetter(1)):
+        if length == 1:
+            continue
+        if step != expected:
+            return False
+        expected *= length
+    return True
 
 
 def cut_into_boxes(pairing: Pairing, shape: Sequence[int], *, limit: int) -> list[Box]:

@@ -14,6 +14,7 @@ import torch
 from rdt_core.describe import span_bytes
 from rdt_core.errors import UnsupportedLoaderError
 from rdt_core.provenance import Origin, names_of
+from rdt_core.strided import is_gapless
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -48,7 +49,8 @@ class Write(NamedTuple):
     @property
     def is_dense(self) -> bool:
         """Whether the write leaves no gap between its first and its last byte."""
-        return self.pairing.num_pairs * self.dtype.itemsize == self.stop - self.start
+        axes = self.pairing.axes
+        return is_gapless((a.length for a in axes), (a.target_step for a in axes), self.dtype.itemsize)
 
 
 class Remnant(NamedTuple):
