@@ -122,7 +122,8 @@ def serve(model: Path, *args: str, env: dict[str, str] | None = None) -> Iterato
             yield server
         finally:
             _end(process)
-            print(server.log.read_text(errors="replace")[-8000:])  # noqa: T201  shown with a failure
+            tail = server.log.read_text(errors="replace")[-20000:]
+            print(tail)  # noqa: T201  pytest shows it with a failure
 
 
 def _is_healthy(server: Server) -> bool:

@@ -1,9 +1,10 @@
 """A vLLM engine inside this process, taken from checkpoint to checkpoint by weight sync.
 
 Run as ``python -m tests.e2e.vllm.probe --model DIR [--sync DIR ...] --out FILE``, in a process of its own,
-since an engine cannot be taken down within one. Writes JSON: after loading, and after every sync, the greedy answers
-and a digest of every tensor that the model's modules hold, parameters and derived ones alike. The trainer is
-this process too: it writes each checkpoint into one set of tensors and publishes them, as an optimizer would.
+since an engine cannot be taken down within one. Writes JSON: after loading, and after every sync, the greedy
+answers and a digest of every tensor that the model's modules hold, parameters and derived ones alike. The
+trainer is this process too: it writes each checkpoint into one set of tensors and publishes them, as an
+optimizer would.
 """
 
 from __future__ import annotations

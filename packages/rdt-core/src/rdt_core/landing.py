@@ -33,12 +33,14 @@ class Landing:
         reload_buffers: whole checkpoint tensors for the engine's own loader, by name.
         to_reload: (target, source) views, from the buffer into the reload buffers.
         to_parameters: (target, source) views, from the buffer into live parameters.
+        fills: (target, value), constants that the engine's loader writes beside what it copies.
     """
 
     buffer: torch.Tensor
     reload_buffers: Mapping[str, torch.Tensor]
     to_reload: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     to_parameters: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    fills: tuple[tuple[torch.Tensor, float], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +58,9 @@ class Landing:
     def fill_parameters(self) -> None:
         """Copy every region into its parameter. The only place that writes an engine's weights by reads."""
         _copy_all(self.to_parameters)
+        with torch.no_grad():
+            for target, value in self.fills:
+                target.fill_(value)
 
 
 def engine_manifest(
@@ -108,7 +113,11 @@ def make_landing(
         )
         chosen = to_reload if copy.window.startswith(RELOAD_PREFIX) else to_parameters
         chosen.append((target, source))
-    return Landing(buffer, reload_buffers, tuple(to_reload), tuple(to_parameters))
+    fills = tuple(
+        (typed_view(windows[f.window], f.dtype, f.shape, f.offset_bytes, f.stride_bytes), f.value)
+        for f in recording.fills
+    )
+    return Landing(buffer, reload_buffers, tuple(to_reload), tuple(to_parameters), fills)
 
 
 def _reload_shard(spec: TensorSpec) -> Shard:
