@@ -49,7 +49,6 @@ def tensors_of(case: str) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape).to(torch.bfloat16) for name, shape in CASES[case].shapes().items()}
 
 
-@ray.remote(num_cpus=0)
 class Trainer:
     """One trainer rank that holds the whole model; an actor of its own process."""
 
@@ -95,7 +94,6 @@ class Trainer:
         return started, [ray.put(data.view(torch.int16).numpy()) for data in self._tensors.values()]
 
 
-@ray.remote(num_cpus=0)
 class PlasmaReader:
     """Gets numpy arrays and copies them into tensors of its own."""
 
@@ -107,6 +105,11 @@ class PlasmaReader:
         for data, array in zip(self._tensors.values(), ray.get(refs, timeout=TIMEOUT_S), strict=True):
             data.view(torch.int16).numpy()[...] = array
         return time.time()
+
+
+def start(cls: type, case: str) -> Any:
+    """An actor that takes no slot of the cluster."""
+    return ray.remote(cls).options(num_cpus=0).remote(case)
 
 
 def measure_copy(case: str, runs: int) -> list[Sample]:
@@ -124,7 +127,7 @@ def measure_copy(case: str, runs: int) -> list[Sample]:
 
 def measure_ours(case: str, runs: int) -> tuple[list[Sample], dict[str, float]]:
     """Publish, prepare, commit, as the driver sees them; also how far both sides' memory grew."""
-    trainer = Trainer.remote(case)
+    trainer = start(Trainer, case)
     ray.get(trainer.attach.remote("benchmark"), timeout=TIMEOUT_S)
     samples = []
     with engine_process(case) as url, WeightSync.connect("benchmark", engines=[url]) as sync:
@@ -166,7 +169,7 @@ def rss_of(trainer: Any, url: str) -> tuple[int, int]:
 
 def measure_plasma(case: str, runs: int) -> list[Sample]:
     """numpy arrays through Ray's object store, put on one side, got and copied on the other."""
-    trainer, reader = Trainer.remote(case), PlasmaReader.remote(case)
+    trainer, reader = start(Trainer, case), start(PlasmaReader, case)
     samples = []
     for _ in range(runs):
         started, refs = ray.get(trainer.put_in_plasma.remote(), timeout=TIMEOUT_S)

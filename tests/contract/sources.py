@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from typing import TYPE_CHECKING, Protocol
 
+import psutil
 import ray
 import torch
 
@@ -54,10 +58,12 @@ class LocalSource:
         self._exports.clear()
 
 
-@ray.remote(num_cpus=0)
 class _SourceActor:
     def __init__(self, name: str, sizes: Sequence[int]) -> None:
         self._source = LocalSource(make_transport(name), sizes)
+
+    def pid(self) -> int:
+        return os.getpid()
 
     def export(self) -> object:
         return self._source.export()
@@ -73,7 +79,8 @@ class ActorSource:
     """A source in a Ray actor, a process of its own."""
 
     def __init__(self, name: str, sizes: Sequence[int]) -> None:
-        self._actor = _SourceActor.remote(name, sizes)
+        self._actor = ray.remote(_SourceActor).options(num_cpus=0).remote(name, sizes)
+        self._pid = int(ray.get(self._actor.pid.remote(), timeout=60))
 
     def export(self) -> object:
         return ray.get(self._actor.export.remote(), timeout=60)
@@ -85,4 +92,8 @@ class ActorSource:
         ray.get(self._actor.close.remote(), timeout=60)
 
     def kill(self) -> None:
+        """Return once the process is gone, which ``ray.kill`` alone does not wait for."""
         ray.kill(self._actor)
+        deadline = time.monotonic() + 60
+        while psutil.pid_exists(self._pid) and time.monotonic() < deadline:
+            threading.Event().wait(0.02)

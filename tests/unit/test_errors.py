@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rdt_core import errors
-from rdt_core.errors import RdtError, from_wire, to_wire
+from rdt_core.error_wire import from_wire, to_wire
+from rdt_core.errors import RdtError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

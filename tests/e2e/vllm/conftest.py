@@ -37,7 +37,7 @@ ENGINE_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 SERVE = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-SMALL = ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8", "--dtype", "bfloat16"]
+SMALL = ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8"]
 
 
 @pytest.fixture(scope="session")
@@ -87,13 +87,6 @@ class Server:
     def post(self, path: str, body: object = None, *, key: str | None = API_KEY) -> httpx.Response:
         return httpx.post(self.url + path, json=body or {}, headers=_bearer(key), timeout=120)
 
-    def complete(self, prompt: str, *, max_tokens: int = 12) -> str:
-        """The greedy answer to a prompt."""
-        body = {"model": "m", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
-        answer = self.post("/v1/completions", body)
-        assert answer.is_success, answer.text
-        return str(answer.json()["choices"][0]["text"])
-
 
 def _bearer(key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
@@ -138,7 +131,7 @@ def wait_until(is_true: Callable[[], bool], process: subprocess.Popen[Any], log:
     while not is_true():
         if process.poll() is not None or time.monotonic() > deadline:
             tail = log.read_text(errors="replace")[-6000:]
-            pytest.fail(f"{process.args} was not ready (exit status {process.returncode}):\n{tail}")
+            pytest.fail(f"not ready (exit status {process.returncode}): {process.args!r}\n{tail}")
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.2)
 

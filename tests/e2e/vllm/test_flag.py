@@ -68,7 +68,7 @@ def test_the_flag_keeps_the_users_middleware(report: dict[str, Any], form: str) 
 
 
 def test_without_the_flag_nothing_is_chosen(report: dict[str, Any]) -> None:
-    nothing = {"exit": None, "weight_sync": None, "backend": None, "middleware": []}
+    nothing: dict[str, Any] = {"exit": None, "weight_sync": None, "backend": None, "middleware": []}
     assert report["cases"]["absent"] == nothing
     assert report["cases"]["transfer_config"] == {**nothing, "backend": "nccl"}
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rdt_core.errors import NotPreparedError, to_wire
+from rdt_core.error_wire import to_wire
+from rdt_core.errors import NotPreparedError
 from tests.e2e.vllm.conftest import API_KEY
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from typing import Any
 
 import httpx
 
-from rdt_core.errors import EngineRefusedError, EngineUnreachableError, from_wire
+from rdt_core.error_wire import from_wire
+from rdt_core.errors import EngineRefusedError, EngineUnreachableError
 
 _CONNECT_TIMEOUT_S = 5.0
 _MAX_DETAIL = 300

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import JSONResponse
 
+from rdt_core.error_wire import from_wire, to_wire
 from rdt_core.errors import (
     CoordinatorLostError,
     NotConnectedError,
@@ -21,8 +22,6 @@ from rdt_core.errors import (
     UnknownGroupError,
     VersionError,
     WireFormatError,
-    from_wire,
-    to_wire,
 )
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import logging
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from rdt_core.errors import RdtError, WireFormatError, to_wire
+from rdt_core.error_wire import to_wire
+from rdt_core.errors import RdtError, WireFormatError
 from rdt_core.subscriber import ConnectRequest, WeightSubscriber
 
 if TYPE_CHECKING:

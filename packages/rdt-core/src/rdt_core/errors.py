@@ -44,28 +44,22 @@
     `-- DeadlineError               a wait ran out
 
 A message says what happened, what was expected and what to do next. Errors cross processes by Ray's
-pickle and, from an engine's HTTP routes, by :func:`to_wire` and :func:`from_wire`, which carry the
-class name and the constructor's arguments and nothing that could run code.
+pickle and, from an engine's HTTP routes, in the form of ``rdt_core.error_wire``.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 class RdtError(Exception):
     """Base of every error raised on purpose by this project.
 
     Args:
-        args: whatever the subclass's constructor takes; kept in ``fields`` so that the error can be
-            rebuilt on the other side of a process boundary. Use strings, integers, booleans, None and
-            (nested) sequences of them only.
+        message: what happened, what was expected, what to do next.
+        fields: what the subclass's constructor takes, so that the error can be rebuilt on the other side of
+            a process boundary: strings, numbers, booleans, None and sequences of them only.
     """
 
-    def __init__(self, message: str, *fields: object) -> None:
+    def __init__(self, message: str, fields: tuple[object, ...] = ()) -> None:
         self.message = message
         self.fields: tuple[object, ...] = fields or (message,)
         super().__init__(message)
@@ -89,7 +83,7 @@ class UnknownDtypeError(ConfigError):
         super().__init__(
             f"element type {dtype!r} is not supported. Supported are the names in "
             "rdt_core.dtypes.ITEMSIZE_BYTES; quantized types are not exported.",
-            dtype,
+            (dtype,),
         )
 
 
@@ -101,7 +95,7 @@ class InvalidVersionError(ConfigError):
         super().__init__(
             f"version {self.version!r} cannot be used. Expected an integer of 1 or more; "
             "the trainer's step count will do.",
-            self.version,
+            (self.version,),
         )
 
 
@@ -113,9 +107,7 @@ class UnsupportedEngineError(ConfigError):
         super().__init__(
             f"{engine} {version} has no {missing}, which weight sync hooks into. Install a version "
             "listed as supported in the adapter's documentation, or start without --weight-sync.",
-            engine,
-            version,
-            missing,
+            (engine, version, missing),
         )
 
 
@@ -130,8 +122,7 @@ class WireFormatError(ManifestError):
         self.what, self.reason = what, reason
         super().__init__(
             f"cannot read {what}: {reason}. Check that both sides run the same rdt-core version.",
-            what,
-            reason,
+            (what, reason),
         )
 
 
@@ -141,7 +132,8 @@ class UnsupportedLayoutError(ManifestError):
     def __init__(self, tensor: str, rank: int, reason: str, remedy: str) -> None:
         self.tensor, self.rank, self.reason, self.remedy = tensor, rank, reason, remedy
         super().__init__(
-            f"cannot export {tensor} of trainer rank {rank}: {reason}. {remedy}", tensor, rank, reason, remedy
+            f"cannot export {tensor} of trainer rank {rank}: {reason}. {remedy}",
+            (tensor, rank, reason, remedy),
         )
 
 
@@ -157,9 +149,7 @@ class CoverageError(PlanError):
         super().__init__(
             f"no trainer rank holds {tensor}{needed}, which engine rank {engine_rank} needs. Check that "
             f"every rank attached its shards, and that the exporter has a rule for {tensor!r}.",
-            tensor,
-            needed,
-            engine_rank,
+            (tensor, needed, engine_rank),
         )
 
 
@@ -172,11 +162,7 @@ class OverlapError(PlanError):
         super().__init__(
             f"{tensor}{first} of trainer rank {first_rank} overlaps {tensor}{second} of trainer rank "
             f"{second_rank}. Regions must be equal (replicas) or disjoint; check the exporter.",
-            tensor,
-            first,
-            first_rank,
-            second,
-            second_rank,
+            (tensor, first, first_rank, second, second_rank),
         )
 
 
@@ -189,11 +175,7 @@ class DtypeError(PlanError):
         super().__init__(
             f"{tensor}{region} is {source} on trainer rank {trainer_rank} and {target} in the engine, and "
             f"there is no conversion between them. Start the engine with a dtype that {source} converts to.",
-            tensor,
-            region,
-            source,
-            target,
-            trainer_rank,
+            (tensor, region, source, target, trainer_rank),
         )
 
 
@@ -205,8 +187,7 @@ class UnknownTensorError(PlanError):
         super().__init__(
             f"engine rank {engine_rank} needs {tensor!r}, which no trainer rank exports. Check that both "
             "sides run the same model, and the exporter's name rules.",
-            tensor,
-            engine_rank,
+            (tensor, engine_rank),
         )
 
 
@@ -218,10 +199,7 @@ class ShapeError(PlanError):
         super().__init__(
             f"{tensor} is {got} on rank {rank}, expected {expected}. Check that every rank and the engine "
             "run the same model configuration.",
-            tensor,
-            rank,
-            got,
-            expected,
+            (tensor, rank, got, expected),
         )
 
 
@@ -233,8 +211,7 @@ class ModelMismatchError(RdtError):
         super().__init__(
             f"the engine's loader refused {tensor!r}: {reason}. Trainer and engine must run the same model "
             "configuration; compare both config.json files (vocab_size, hidden sizes, layers).",
-            tensor,
-            reason,
+            (tensor, reason),
         )
 
 
@@ -246,7 +223,7 @@ class UnusedTensorError(ModelMismatchError):
             self,
             f"the engine's model does not use {_some(tensors)} of the trainer. Trainer and engine must run "
             "the same model; export only what the engine loads.",
-            tuple(tensors),
+            (tuple(tensors),),
         )
         self.tensors = tuple(tensors)
 
@@ -259,7 +236,7 @@ class UncoveredParameterError(ModelMismatchError):
             self,
             f"nothing that the trainer exports fills {_some(parameters)} of the engine's model. Trainer and "
             "engine must run the same model; check that every trainer rank exports all of its parameters.",
-            tuple(parameters),
+            (tuple(parameters),),
         )
         self.parameters = tuple(parameters)
 
@@ -272,8 +249,7 @@ class UnsupportedLoaderError(ModelMismatchError):
             self,
             f"the engine's loader applies {operation} to {tensor!r}, which cannot be replayed by reads, and "
             "the adapter has no reload path for it. Report the model's name with this message.",
-            tensor,
-            operation,
+            (tensor, operation),
         )
         self.tensor, self.operation = tensor, operation
 
@@ -290,8 +266,7 @@ class NoRayClusterError(SessionError):
         super().__init__(
             f"cannot join a Ray cluster at {address!r}: {reason}. Start one with `ray start --head`, or call "
             "ray.init(address=...) or set RAY_ADDRESS before this.",
-            address,
-            reason,
+            (address, reason),
         )
 
 
@@ -304,7 +279,7 @@ class RayAuthError(SessionError):
             f"the Ray cluster at {address!r} refused this process's token. Set RAY_AUTH_MODE=token and "
             "RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) to the same token in the trainers, the driver and every "
             "engine, or RAY_AUTH_MODE=disabled in all of them.",
-            address,
+            (address,),
         )
 
 
@@ -316,8 +291,7 @@ class UnknownGroupError(SessionError):
         super().__init__(
             f"there is no sync group {group!r} in Ray namespace {namespace!r}. Call "
             "WeightPublisher.attach with this name in every trainer rank first.",
-            group,
-            namespace,
+            (group, namespace),
         )
 
 
@@ -329,8 +303,7 @@ class GroupInUseError(SessionError):
         super().__init__(
             f"trainer rank {rank} of sync group {group!r} is already attached by another live process. "
             "Close that publisher, or attach under another group name.",
-            group,
-            rank,
+            (group, rank),
         )
 
 
@@ -343,10 +316,7 @@ class MissingTrainerRankError(SessionError):
             f"sync group {group!r} lacks trainer ranks {list(missing)} of {world_size} after "
             f"{waited_s:.1f} s. Call WeightPublisher.attach in every rank; if they did, look for a "
             "dead trainer process.",
-            group,
-            tuple(missing),
-            world_size,
-            waited_s,
+            (group, tuple(missing), world_size, waited_s),
         )
 
 
@@ -358,7 +328,7 @@ class NotConnectedError(SessionError):
         super().__init__(
             f"cannot {operation}: this engine is not connected to a sync group. Call WeightSync.connect "
             "(or POST /rdt/connect) first.",
-            operation,
+            (operation,),
         )
 
 
@@ -370,8 +340,7 @@ class CoordinatorLostError(SessionError):
         super().__init__(
             f"the coordinator of sync group {group!r} is gone ({detail}). Engines serve what they last "
             "committed; attach the trainer ranks again and connect again.",
-            group,
-            detail,
+            (group, detail),
         )
 
 
@@ -380,7 +349,7 @@ class ClosedError(SessionError):
 
     def __init__(self, what: str) -> None:
         self.what = what
-        super().__init__(f"this {what} has been closed. Make a new one.", what)
+        super().__init__(f"this {what} has been closed. Make a new one.", (what,))
 
 
 class VersionError(RdtError):
@@ -395,9 +364,7 @@ class StaleVersionError(VersionError):
         super().__init__(
             f"version {version} is not greater than {last}, the last one {where}. Versions only grow; "
             f"use {last + 1} or more.",
-            version,
-            last,
-            where,
+            (version, last, where),
         )
 
 
@@ -409,9 +376,7 @@ class NotPublishedError(VersionError):
         super().__init__(
             f"trainer ranks {list(missing)} have not published version {version} after {waited_s:.1f} s. "
             "Call publisher.publish(version=...) in every rank after optimizer.step().",
-            version,
-            tuple(missing),
-            waited_s,
+            (version, tuple(missing), waited_s),
         )
 
 
@@ -423,8 +388,7 @@ class NotPreparedError(VersionError):
         super().__init__(
             f"cannot commit version {version}: this engine rank has {prepared or 'nothing'} prepared. Call "
             "prepare with this version first, and wait for it.",
-            version,
-            prepared,
+            (version, prepared),
         )
 
 
@@ -436,8 +400,7 @@ class SupersededError(VersionError):
         super().__init__(
             f"version {version} was replaced by {current} while it was being read, so the bytes read may mix "
             f"both. Nothing was committed; finish a sync before the next publish, or sync version {current}.",
-            version,
-            current,
+            (version, current),
         )
 
 
@@ -451,7 +414,7 @@ class TransportUnavailableError(TransportError):
     def __init__(self, transport: str, reason: str, remedy: str) -> None:
         self.transport, self.reason, self.remedy = transport, reason, remedy
         super().__init__(
-            f"transport {transport!r} cannot run here: {reason}. {remedy}", transport, reason, remedy
+            f"transport {transport!r} cannot run here: {reason}. {remedy}", (transport, reason, remedy)
         )
 
 
@@ -463,8 +426,7 @@ class SourceDiedError(TransportError):
         super().__init__(
             f"trainer rank {trainer_rank} died before its bytes were read ({detail}). The engine still "
             "serves the last committed version; restart the trainer and connect again.",
-            trainer_rank,
-            detail,
+            (trainer_rank, detail),
         )
 
 
@@ -477,8 +439,7 @@ class PullTimeoutError(TransportError):
             f"reading from trainer rank {trainer_rank} did not end within {timeout_s:.1f} s. The engine "
             "still serves the last committed version; look for a stopped trainer process, or "
             "raise timeout_s.",
-            trainer_rank,
-            timeout_s,
+            (trainer_rank, timeout_s),
         )
 
 
@@ -493,8 +454,7 @@ class EngineUnreachableError(EngineError):
         self.engine, self.reason = engine, reason
         super().__init__(
             f"engine {engine} does not answer: {reason}. Check the address, and that the server has started.",
-            engine,
-            reason,
+            (engine, reason),
         )
 
 
@@ -503,11 +463,8 @@ class EngineRefusedError(EngineError):
 
     def __init__(self, engine: str, status: int, detail: str) -> None:
         self.engine, self.status, self.detail = engine, status, detail
-        remedy = {
-            401: "Pass its API key: WeightSync.connect(..., api_key=...).",
-            404: "Start it with --weight-sync rdt.",
-        }.get(status, "Look into the engine's log.")
-        super().__init__(f"engine {engine} answered {status}: {detail}. {remedy}", engine, status, detail)
+        remedy = _REMEDY_OF_STATUS.get(status, "Look into the engine's log.")
+        super().__init__(f"engine {engine} answered {status}: {detail}. {remedy}", (engine, status, detail))
 
 
 class UpdateFailedError(RdtError):
@@ -517,11 +474,7 @@ class UpdateFailedError(RdtError):
         self.version, self.phase, self.engine, self.rank, self.detail = version, phase, engine, rank, detail
         super().__init__(
             f"version {version} failed in {phase} on rank {rank} of engine {engine}: {detail}",
-            version,
-            phase,
-            engine,
-            rank,
-            detail,
+            (version, phase, engine, rank, detail),
         )
 
 
@@ -534,8 +487,7 @@ class WindowMovedError(RdtError):
             f"the memory of {tensor} on trainer rank {rank} moved since attach "
             "(load_state_dict(assign=True), .to() or an offload does this), so engines would read "
             "freed memory. Close the publisher and attach again.",
-            tensor,
-            rank,
+            (tensor, rank),
         )
 
 
@@ -545,47 +497,14 @@ class DeadlineError(RdtError):
     def __init__(self, what: str, waited_s: float, remedy: str) -> None:
         self.what, self.waited_s, self.remedy = what, waited_s, remedy
         super().__init__(
-            f"gave up waiting for {what} after {waited_s:.1f} s. {remedy}", what, waited_s, remedy
+            f"gave up waiting for {what} after {waited_s:.1f} s. {remedy}", (what, waited_s, remedy)
         )
 
 
 _SHOWN = 3
+_REMEDY_OF_STATUS = {401: "Pass its key: connect(..., api_key=...).", 404: "Start it with --weight-sync rdt."}
 
 
 def _some(names: tuple[str, ...]) -> str:
     shown = ", ".join(names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
-
-
-def to_wire(error: RdtError) -> dict[str, Any]:
-    """JSON-safe form of an error, for an HTTP answer: ``{"type", "message", "fields"}``."""
-    return {"type": type(error).__name__, "message": error.message, "fields": list(error.fields)}
-
-
-def from_wire(wire: object) -> RdtError:
-    """The error that :func:`to_wire` described; a plain :class:`RdtError` when the type is unknown.
-
-    Only classes of this module can be named, and only with plain values, so nothing from the network
-    can run code. Takes whatever the JSON decoder gave and never raises.
-    """
-    content = wire if isinstance(wire, dict) else {}
-    kind, message, fields = content.get("type"), content.get("message"), content.get("fields")
-    if not isinstance(message, str):
-        message = "unknown error"
-    make: Callable[..., RdtError] | None = _ERRORS.get(kind) if isinstance(kind, str) else None
-    if make is None or not isinstance(fields, list):
-        return RdtError(message)
-    try:
-        return make(*[tuple(field) if isinstance(field, list) else field for field in fields])
-    except (TypeError, ValueError, OverflowError):
-        return RdtError(message)
-
-
-def _subclasses(base: type[RdtError]) -> dict[str, type[RdtError]]:
-    found = {base.__name__: base}
-    for sub in base.__subclasses__():
-        found |= _subclasses(sub)
-    return found
-
-
-_ERRORS = _subclasses(RdtError)

@@ -182,9 +182,10 @@ class WeightPublisher:
                 return Outcome(self._digest(task.payload))
         except RdtError as error:
             return Outcome(error=error)
-        except Exception as error:  # noqa: BLE001  whatever a library raises must reach the engine that waits
+        except Exception as error:
             logger.warning("trainer rank %d: task %s failed", self._local.rank, task.kind, exc_info=True)
-            return Outcome(error=RdtError(f"trainer rank {self._local.rank}: {type(error).__name__}: {error}"))
+            reason = f"trainer rank {self._local.rank}: {type(error).__name__}: {error}"
+            return Outcome(error=RdtError(reason))
         return Outcome(error=WireFormatError("trainer task", f"unknown kind {task.kind!r}"))
 
     def _export(self, payload: dict[str, Any]) -> object:

@@ -11,7 +11,8 @@ import importlib
 import types
 from typing import TYPE_CHECKING, Any
 
-from rdt_core.errors import RdtError, UnsupportedEngineError, to_wire
+from rdt_core.error_wire import to_wire
+from rdt_core.errors import RdtError, UnsupportedEngineError
 
 if TYPE_CHECKING:
     import argparse

@@ -15,7 +15,8 @@ from fastapi.responses import JSONResponse
 
 from rdt_core import engine_rpc
 from rdt_core.engine_routes import key_guard, make_router
-from rdt_core.errors import RdtError, UpdateFailedError, WireFormatError, from_wire, to_wire
+from rdt_core.error_wire import from_wire, to_wire
+from rdt_core.errors import RdtError, UpdateFailedError, WireFormatError
 from rdt_vllm import compat
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tests.integration.vllm_families.examination import examine
-from tests.integration.vllm_families.families import join_vllm, save_checkpoint
+from tests.e2e.vllm_families.examination import examine
+from tests.e2e.vllm_families.families import join_vllm, save_checkpoint
 
 TP_SIZE = 2
 

@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: its loaders cannot be recorded")
 
+from tests.e2e.vllm_families.examination import Row, examine
+from tests.e2e.vllm_families.families import FAMILIES, save_checkpoint, start_vllm, stop_vllm
 from tests.integration.rank_world import RankWorld
-from tests.integration.vllm_families.examination import Row, examine
-from tests.integration.vllm_families.families import FAMILIES, save_checkpoint, start_vllm, stop_vllm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +51,7 @@ def test_a_familys_loader_is_recorded_to_the_byte(family: str, tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def tp_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankWorld]:
-    world = RankWorld(2, "tests.integration.vllm_families.tp_cases", tmp_path_factory.mktemp("tp"))
+    world = RankWorld(2, "tests.e2e.vllm_families.tp_cases", tmp_path_factory.mktemp("tp"))
     yield world
     world.close()
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rdt_core.recorder import record_loader
+from tests.e2e.vllm_families.families import build_model, load_checkpoint
 from tests.integration.loader_models import picture, pour, replay, specs_of
-from tests.integration.vllm_families.families import build_model, load_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
