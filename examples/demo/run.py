@@ -274,9 +274,7 @@ def main() -> int:
     )
     parser.add_argument("--engine", choices=["vllm"], default="vllm")
     parser.add_argument("--rounds", type=int, default=3, help="syncs (default: 3)")
-    parser.add_argument(
-        "--steps", type=int, default=4, help="optimizer steps before each sync (default: 4)"
-    )
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps before each sync (default: 4)")
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="for report.json and engine.log")
     parser.add_argument(
         "--models", type=Path, default=Path("build/models"), help="where the model is unpacked"

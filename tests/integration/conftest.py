@@ -91,8 +91,8 @@ def wait_until(is_true: Callable[[], Any], process: subprocess.Popen[bytes]) -> 
     deadline = time.monotonic() + START_TIMEOUT_S
     while not is_true():
         if process.poll() is not None:
-            pytest.fail(f"{process.args} ended with {process.returncode}")
+            pytest.fail(f"{process.args!r} ended with {process.returncode}")
         if time.monotonic() > deadline:
-            pytest.fail(f"{process.args} was not ready after {START_TIMEOUT_S} s")
+            pytest.fail(f"{process.args!r} was not ready after {START_TIMEOUT_S} s")
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.1)

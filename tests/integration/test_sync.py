@@ -37,6 +37,7 @@ from tests.integration.toy_trainer import HIDDEN, SHAPES, kill_process, start_tr
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 TIMEOUT_S = 120.0
 BAD_INPUT_DEADLINE_S = 10.0
@@ -401,8 +402,8 @@ def test_a_cluster_that_is_not_there_is_reported_in_time() -> None:
     assert "ray start" in done.stdout
 
 
-def test_a_wrong_token_is_reported_with_what_to_set(ray_cluster: str, tmp_path_factory: Any) -> None:
-    token = tmp_path_factory.mktemp("token") / "wrong"
+def test_a_wrong_token_is_reported_with_what_to_set(ray_cluster: str, tmp_path: Path) -> None:
+    token = tmp_path / "wrong"
     token.write_text("0" * 64)
     done = run_python(CONNECT, RAY_ADDRESS=ray_cluster, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
     assert done.stdout.startswith("RayAuthError"), done.stderr
@@ -410,8 +411,12 @@ def test_a_wrong_token_is_reported_with_what_to_set(ray_cluster: str, tmp_path_f
     assert "0000" not in done.stdout + done.stderr
 
 
-def test_a_token_file_that_is_not_there_is_reported_and_does_not_abort(ray_cluster: str) -> None:
-    done = run_python(CONNECT, RAY_ADDRESS=ray_cluster, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH="/nowhere")
+def test_a_token_file_that_is_not_there_is_reported_and_does_not_abort(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    done = run_python(
+        CONNECT, RAY_ADDRESS=ray_cluster, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(tmp_path / "none")
+    )
     assert done.returncode == 0
     assert done.stdout.startswith("RayAuthError"), done.stderr
 
