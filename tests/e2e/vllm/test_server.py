@@ -99,24 +99,40 @@ def test_after_every_sync_the_server_answers_as_one_that_loaded_those_weights(
     assert answers_of(1) != answers_of(2)
 
 
-def test_requests_in_flight_survive_a_commit_and_their_tokens_are_labelled(
+def test_requests_in_flight_survive_a_commit(
     server: Server, trainer: Trainer, checkpoint: Callable[[str, int], Path]
 ) -> None:
     version = next_version(server)
     with connect(server, trainer) as sync, ThreadPoolExecutor(2) as pool:
         trainer.publish(checkpoint(FAMILY, 1), version)
+        running = [pool.submit(ask, server, prompt, LONG) for prompt in PROMPTS[:2]]
+        with stream(server, [3, 14], LONG) as chunks:
+            first = next(chunks)
+            sync.update(version=version)
+            rest = list(chunks)
+        assert [len(future.result(timeout=120)) for future in running] == [LONG] * 2
+    assert sum(len(chunk["token_ids"]) for chunk in (first, *rest)) == LONG
+    assert not server.get("/is_paused").json()["is_paused"]
+
+
+def test_tokens_before_and_after_a_commit_carry_the_version_that_made_them(
+    server: Server, trainer: Trainer, checkpoint: Callable[[str, int], Path]
+) -> None:
+    version = next_version(server)
+    with connect(server, trainer) as sync:
+        trainer.publish(checkpoint(FAMILY, 1), version)
         sync.update(version=version)
         trainer.publish(checkpoint(FAMILY, 2), version + 1)
-        running = [pool.submit(generate, server, [3 + i, 14], LONG) for i in range(2)]
-        with stream(server, PROMPTS[0], LONG) as chunks:
+        with stream(server, [3, 14], LONG) as chunks:
             next(chunks)
+            server.post("/pause?mode=keep&clear_cache=false")
             sync.update(version=version + 1)
-            assert len(list(chunks)) == LONG - 1
-        choices = [future.result(timeout=120) for future in running]
-    assert [len(choice["token_ids"]) for choice in choices] == [LONG] * 2
-    labels = [[span["version"] for span in choice["weight_versions"]] for choice in choices]
-    assert all(label in ([str(version), str(version + 1)], [str(version)]) for label in labels)
-    assert [str(version), str(version + 1)] in labels
+            assert server.get("/is_paused").json()["is_paused"]
+            server.post("/resume")
+            spans = list(chunks)[-1]["weight_versions"]
+    assert [span["version"] for span in spans] == [str(version), str(version + 1)]
+    assert (spans[0]["start"], spans[1]["end"]) == (0, LONG)
+    assert spans[0]["end"] == spans[1]["start"]
 
 
 def test_an_update_that_fails_leaves_the_old_version_serving_and_the_next_one_working(
@@ -198,20 +214,14 @@ def test_another_models_checkpoint_is_refused_at_connect_and_the_server_goes_on(
     assert ask_all(server) == before
 
 
-def generate(server: Server, prompt: list[int], num_tokens: int) -> dict[str, Any]:
-    """One greedy answer by token ids, with the weight version of every span of tokens."""
-    sampling = {"max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
-    answer = server.post("/inference/v1/generate", {"token_ids": prompt, "sampling_params": sampling})
-    assert answer.is_success, answer.text
-    return dict(answer.json()["choices"][0])
-
-
 @contextmanager
-def stream(server: Server, prompt: str, num_tokens: int) -> Iterator[Iterator[str]]:
-    """The tokens of one greedy answer, as the server makes them."""
-    body = {"model": "m", "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
+def stream(server: Server, prompt: list[int], num_tokens: int) -> Iterator[Iterator[dict[str, Any]]]:
+    """One greedy answer by token ids, chunk by chunk as the server makes it."""
+    sampling = {"max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
+    body = {"token_ids": prompt, "sampling_params": sampling, "stream": True}
     headers = {"Authorization": f"Bearer {API_KEY}"}
-    url = f"{server.url}/v1/completions"
-    with httpx.stream("POST", url, json={**body, "stream": True}, headers=headers, timeout=120) as answer:
+    url = f"{server.url}/inference/v1/generate"
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=120) as answer:
         lines = (line for line in answer.iter_lines() if line.startswith("data: {"))
-        yield (json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines)
+        chunks = (json.loads(line.removeprefix("data: ")) for line in lines)
+        yield (chunk["choices"][0] for chunk in chunks if chunk.get("choices"))
