@@ -1,12 +1,12 @@
-"""One Ray cluster for the contract tests: local, loopback, its own temp dir, ended by whoever started it."""
+"""One Ray cluster for all contract tests."""
 
 from __future__ import annotations
 
-import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
-import ray
+
+from tests.local_ray import local_ray
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,18 +15,5 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """A local Ray cluster of this test process; yields its GCS address."""
-    # Ray keeps sockets below its temp dir, whose paths must stay short.
-    with tempfile.TemporaryDirectory(prefix="rdt", dir="/tmp") as temp_dir:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=100 * 2**20,
-            namespace="rdt",
-            _temp_dir=temp_dir,
-        )
-        try:
-            yield ray.get_runtime_context().gcs_address
-        finally:
-            ray.shutdown()
+    with local_ray() as address:
+        yield address

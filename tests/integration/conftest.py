@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+
+from tests.local_ray import local_ray
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,23 +27,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """A local Ray cluster of this test process; yields its GCS address."""
-    import ray
-
-    # Ray keeps sockets below its temp dir, whose paths must stay short.
-    with tempfile.TemporaryDirectory(prefix="rdt", dir="/tmp") as temp_dir:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=100 * 2**20,
-            namespace="rdt",
-            _temp_dir=temp_dir,
-        )
-        try:
-            yield ray.get_runtime_context().gcs_address
-        finally:
-            ray.shutdown()
+    with local_ray() as address:
+        yield address
 
 
 @pytest.fixture

@@ -43,8 +43,7 @@
     |-- WindowMovedError            a parameter's memory is no longer where it was attached
     `-- DeadlineError               a wait ran out
 
-A message says what happened, what was expected and what to do next. Errors cross processes by Ray's
-pickle and, from an engine's HTTP routes, in the form of ``rdt_core.error_wire``.
+Errors cross processes by Ray's pickle and, over HTTP, in the form of ``rdt_core.error_wire``.
 """
 
 from __future__ import annotations
@@ -55,8 +54,7 @@ class RdtError(Exception):
 
     Args:
         message: what happened, what was expected, what to do next.
-        fields: what the subclass's constructor takes, so that the error can be rebuilt on the other side of
-            a process boundary: strings, numbers, booleans, None and sequences of them only.
+        fields: the subclass's arguments, to rebuild it in another process: plain values and sequences only.
     """
 
     def __init__(self, message: str, fields: tuple[object, ...] = ()) -> None:
@@ -66,9 +64,6 @@ class RdtError(Exception):
 
     def __reduce__(self) -> tuple[type[RdtError], tuple[object, ...]]:
         return (type(self), self.fields)
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class ConfigError(RdtError):
@@ -93,8 +88,7 @@ class InvalidVersionError(ConfigError):
     def __init__(self, version: object) -> None:
         self.version = version if version is None or isinstance(version, int | float | str) else repr(version)
         super().__init__(
-            f"version {self.version!r} cannot be used. Expected an integer of 1 or more; "
-            "the trainer's step count will do.",
+            f"version {self.version!r} cannot be used. Expected an integer of 1 or more, a step count say.",
             (self.version,),
         )
 
@@ -326,8 +320,7 @@ class NotConnectedError(SessionError):
     def __init__(self, operation: str) -> None:
         self.operation = operation
         super().__init__(
-            f"cannot {operation}: this engine is not connected to a sync group. Call WeightSync.connect "
-            "(or POST /rdt/connect) first.",
+            f"cannot {operation}: this engine is in no sync group. Call WeightSync.connect first.",
             (operation,),
         )
 
@@ -338,8 +331,7 @@ class CoordinatorLostError(SessionError):
     def __init__(self, group: str, detail: str) -> None:
         self.group, self.detail = group, detail
         super().__init__(
-            f"the coordinator of sync group {group!r} is gone ({detail}). Engines serve what they last "
-            "committed; attach the trainer ranks again and connect again.",
+            f"the coordinator of sync group {group!r} is gone ({detail}). Attach and connect again.",
             (group, detail),
         )
 
@@ -453,7 +445,7 @@ class EngineUnreachableError(EngineError):
     def __init__(self, engine: str, reason: str) -> None:
         self.engine, self.reason = engine, reason
         super().__init__(
-            f"engine {engine} does not answer: {reason}. Check the address, and that the server has started.",
+            f"engine {engine} does not answer: {reason}. Check its address and that it runs.",
             (engine, reason),
         )
 

@@ -1,0 +1,32 @@
+"""A Ray cluster for tests: local, loopback, its own temp dir, ended by whoever started it."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def local_ray() -> Iterator[str]:
+    """Start a cluster, join it, and yield its GCS address."""
+    import ray
+
+    # Ray keeps sockets below its temp dir, whose paths must stay short.
+    with tempfile.TemporaryDirectory(prefix="rdt", dir="/tmp") as temp_dir:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=100 * 2**20,
+            namespace="rdt",
+            _temp_dir=temp_dir,
+        )
+        try:
+            yield ray.get_runtime_context().gcs_address
+        finally:
+            ray.shutdown()
