@@ -16,11 +16,11 @@ import torch
 import uvicorn
 from cases import CASES
 from fastapi import FastAPI, Request
-from rdt_core.recorder import record_loader
 from torch import nn
 
 from rdt_core import engine_rpc
 from rdt_core.engine_routes import make_router
+from rdt_core.recorder import record_loader
 from rdt_core.subscriber import WeightSubscriber
 
 if TYPE_CHECKING:

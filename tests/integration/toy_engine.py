@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
-from rdt_core.recorder import record_loader
 from torch import nn
 
 from rdt_core import engine_rpc
 from rdt_core.engine_routes import make_router
+from rdt_core.recorder import record_loader
 from rdt_core.subscriber import WeightSubscriber
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ ENGINE_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 SERVE = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-SMALL = ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8"]
+SMALL = ["--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8"]
 
 
 @pytest.fixture(scope="session")

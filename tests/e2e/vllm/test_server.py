@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 FAMILY = "qwen3"  # tied embeddings; the other families are compared tensor by tensor in test_derived.py
-LONG = 100
+LONG = 1000  # tokens; seconds of generation, so that what a test does next falls into it
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])

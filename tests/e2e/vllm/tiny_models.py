@@ -21,7 +21,7 @@ _DENSE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 1024,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
