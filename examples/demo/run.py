@@ -39,7 +39,7 @@ WORLD_SIZE = 2
 TOLERANCE = 1e-3
 CALL_TIMEOUT_S = 600.0
 FIXED_TEXT = "The capital of France is Paris. Water boils at one hundred degrees Celsius at sea level."
-console = Console(soft_wrap=False)
+console = Console(width=None if sys.stdout.isatty() else 108)
 
 
 def get(refs: Any) -> Any:

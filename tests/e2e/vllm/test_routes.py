@@ -17,7 +17,6 @@ from rdt_core.errors import NotPreparedError
 from tests.e2e.vllm.conftest import API_KEY
 
 if TYPE_CHECKING:
-
     from starlette.testclient import TestClient
 
 # vLLM and what it imports warn of this and that while they are imported.
