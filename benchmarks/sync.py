@@ -147,9 +147,9 @@ def measure_ours(case: str, runs: int) -> tuple[list[Sample], dict[str, float]]:
                     "end_to_end": publish_s + report.total_s,
                 }
             )
+        after = rss_of(trainer, url)
         if not sync.verify().bytes_equal:
             raise SystemExit("the engine's bytes differ from the trainer's")
-        after = rss_of(trainer, url)
     ray.kill(trainer)
     first = before or after
     memory = {

@@ -13,7 +13,7 @@ from rdt_core.errors import CoordinatorLostError, DeadlineError, RdtError, Unkno
 from rdt_core.ray_session import NAMESPACE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 CALL_TIMEOUT_S = 10.0
 """For a call that the coordinator answers without waiting for anyone."""
@@ -34,6 +34,9 @@ class Channel(Protocol):
             DeadlineError: no answer within ``timeout_s`` seconds.
             CoordinatorLostError: the coordinator ended.
         """
+
+    def start(self, method: str, *args: object) -> Callable[[float], Any]:
+        """Begin a call without waiting; returns what waits for its result, given a deadline in seconds."""
 
     def end(self) -> None:
         """End the coordinator itself. Called by the last trainer rank that leaves. Idempotent."""
@@ -84,11 +87,19 @@ class RayChannel:
 
     def call(self, method: str, *args: object, timeout_s: float) -> Any:
         """See :class:`Channel`."""
+        return self.start(method, *args)(timeout_s)
+
+    def start(self, method: str, *args: object) -> Callable[[float], Any]:
+        """See :class:`Channel`."""
+        ref = getattr(self._actor, method).remote(*args)
+        return lambda timeout_s: self._result(ref, method, timeout_s)
+
+    def _result(self, ref: Any, method: str, timeout_s: float) -> Any:
         import ray  # noqa: PLC0415
         from ray import exceptions  # noqa: PLC0415
 
         try:
-            return ray.get(getattr(self._actor, method).remote(*args), timeout=timeout_s)
+            return ray.get(ref, timeout=timeout_s)
         except exceptions.GetTimeoutError:
             raise DeadlineError(
                 f"the coordinator of group {self._group!r} to answer {method}",
@@ -120,16 +131,23 @@ class LocalChannel:
 
     def call(self, method: str, *args: object, timeout_s: float) -> Any:
         """See :class:`Channel`."""
+        return self.start(method, *args)(timeout_s)
+
+    def start(self, method: str, *args: object) -> Callable[[float], Any]:
+        """See :class:`Channel`."""
         if not self._loop.is_running():
             raise CoordinatorLostError(self._group, "its event loop has stopped")
         future = asyncio.run_coroutine_threadsafe(getattr(self._coordinator, method)(*args), self._loop)
-        try:
-            return future.result(timeout_s)
-        except concurrent.futures.TimeoutError:
-            future.cancel()
-            raise DeadlineError(
-                f"the coordinator to answer {method}", timeout_s, "It is in this process."
-            ) from None
+
+        def result(timeout_s: float) -> Any:
+            try:
+                return future.result(timeout_s)
+            except concurrent.futures.TimeoutError:
+                future.cancel()
+                what = f"the coordinator in this process to answer {method}"
+                raise DeadlineError(what, timeout_s, "It is busy or stopped.") from None
+
+        return result
 
     def end(self) -> None:
         """See :class:`Channel`."""
@@ -172,7 +190,16 @@ class CoordinatorClient:
 
     def publish(self, rank: int, instance: str, version: int) -> None:
         """Say that a trainer rank's memory holds ``version``."""
-        self._channel.call("publish", rank, instance, version, timeout_s=CALL_TIMEOUT_S)
+        self.start_publish(rank, instance, version)()
+
+    def start_publish(self, rank: int, instance: str, version: int) -> Callable[[], None]:
+        """The same without waiting; returns what waits and raises what went wrong."""
+        wait = self._channel.start("publish", rank, instance, version)
+
+        def settle() -> None:
+            wait(CALL_TIMEOUT_S)
+
+        return settle
 
     def detach(self, rank: int, instance: str) -> None:
         """Leave; the last trainer rank ends the coordinator."""

@@ -29,6 +29,7 @@ from rdt_core.transports import make_transport
 from rdt_core.wire import manifest_to_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from rdt_core.client import Channel
@@ -57,6 +58,7 @@ class WeightPublisher:
         self._transports: dict[str, Transport] = {}
         self._exports: dict[str, Export] = {}
         self._is_closed = threading.Event()
+        self._settle: Callable[[], None] = _nothing
         self._version = client.attach(
             local.rank, local.world_size, self._instance, manifest_to_bytes(self._described.manifest)
         )
@@ -109,8 +111,9 @@ class WeightPublisher:
     def publish(self, version: int) -> None:
         """Say that this rank's parameters now hold ``version``, and may be read until they are next written.
 
-        Called in every trainer rank after ``optimizer.step()``. Waits for this device's pending work and
-        for one call to the coordinator (about a millisecond); takes no collective.
+        Called in every trainer rank after ``optimizer.step()``. Waits for this device's pending work, then
+        tells the coordinator without waiting for its answer; an error in the answer is raised by the next
+        publish, and meanwhile no engine takes the version. Takes no collective.
 
         Args:
             version: greater than every version before; the step count will do.
@@ -131,7 +134,8 @@ class WeightPublisher:
         self._check_addresses()
         if self._described.manifest.device.startswith("cuda"):
             torch.cuda.synchronize(self._described.manifest.device)
-        self._client.publish(self._local.rank, self._instance, version)
+        self._settle()
+        self._settle = self._client.start_publish(self._local.rank, self._instance, version)
         self._version = version
 
     def close(self) -> None:
@@ -144,8 +148,9 @@ class WeightPublisher:
             export.close()
         self._exports.clear()
         try:
+            self._settle()
             self._client.detach(self._local.rank, self._instance)
-        except (CoordinatorLostError, DeadlineError) as error:
+        except (CoordinatorLostError, DeadlineError, GroupInUseError) as error:
             logger.debug("left a group whose coordinator is gone: %s", error)
 
     def __enter__(self) -> Self:
@@ -215,6 +220,10 @@ class WeightPublisher:
                 for shard in self._local.shards
                 if shard.spec.name in dtypes
             ]
+
+
+def _nothing() -> None:
+    """What there is to wait for before the first publish."""
 
 
 def _digest_shard(shard: LocalShard, dtype: str) -> RegionDigest:
