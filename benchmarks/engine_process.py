@@ -90,9 +90,12 @@ class BenchBackend:
     engine = "benchmark"
     world_size = 1
 
-    def __init__(self, model: FusedModel) -> None:
-        self._subscriber = WeightSubscriber(BenchModel(model))
+    def __init__(self, case: str) -> None:
+        # Everything torch does happens in one thread: each thread that runs a parallel operation gets an
+        # OpenMP team of its own, and on few cores two teams slow each other down.
         self._thread = ThreadPoolExecutor(max_workers=1)
+        model = self._thread.submit(FusedModel, CASES[case].shapes()).result()
+        self._subscriber = WeightSubscriber(BenchModel(model))
 
     async def call(self, method: str, payload: dict[str, Any]) -> list[dict[str, Any]]:
         """See :class:`rdt_core.engine_routes.EngineBackend`."""
@@ -112,7 +115,7 @@ def main() -> None:
     parser.add_argument("--case", choices=sorted(CASES), required=True)
     parser.add_argument("--port", type=int, required=True)
     args = parser.parse_args()
-    backend = BenchBackend(FusedModel(CASES[args.case].shapes()))
+    backend = BenchBackend(args.case)
     app = FastAPI()
 
     def backend_of(request: Request) -> BenchBackend:
