@@ -188,6 +188,7 @@ class WeightPublisher:
         except RdtError as error:
             return Outcome(error=error)
         except Exception as error:
+            # Whatever torch, ray or the transport raises must reach the engine that waits for this answer.
             logger.warning("trainer rank %d: task %s failed", self._local.rank, task.kind, exc_info=True)
             reason = f"trainer rank {self._local.rank}: {type(error).__name__}: {error}"
             return Outcome(error=RdtError(reason))

@@ -73,6 +73,7 @@ class _Connection:
     landing: Landing
     links: dict[int, Link]
     lock: threading.Lock = field(default_factory=threading.Lock)
+    wanted: int | None = None
     prepared: int | None = None
     read_s: float = 0.0
     reader: threading.Thread | None = None
@@ -174,7 +175,7 @@ class WeightSubscriber:
         if version <= self._version:
             raise StaleVersionError(version, self._version, "committed by this engine")
         with connection.lock:
-            connection.prepared = None
+            connection.wanted, connection.prepared = version, None
             connection.client.check_version(version)
             started = time.perf_counter()
             deadline = time.monotonic() + timeout_s
@@ -183,7 +184,8 @@ class WeightSubscriber:
             connection.landing.fill_reload_buffers()
             connection.read_s = time.perf_counter() - started
             connection.client.check_version(version)
-            connection.prepared = version
+            # An abort during the read has taken the wish back.
+            connection.prepared = connection.wanted
         return {"version": version, "prepare_s": connection.read_s}
 
     def start_prepare(self, version: int, attempt: str, *, timeout_s: float = 60.0) -> None:
@@ -223,7 +225,10 @@ class WeightSubscriber:
             NotPreparedError: this version has not been read.
         """
         connection = self._connected("commit")
-        with connection.lock:
+        # A read that is under way holds the lock; the model's thread must not wait for it.
+        if not connection.lock.acquire(blocking=False):
+            raise NotPreparedError(version, None)
+        try:
             if connection.prepared != version:
                 raise NotPreparedError(version, connection.prepared)
             started = time.perf_counter()
@@ -234,6 +239,8 @@ class WeightSubscriber:
             self._model.finalize()
             self._is_torn = False
             self._version, connection.prepared = version, None
+        finally:
+            connection.lock.release()
         return {
             "version": version,
             "rank": self._model.rank,
@@ -248,10 +255,9 @@ class WeightSubscriber:
 
     def abort(self) -> None:
         """Forget what was prepared; the model keeps serving what it has. Idempotent."""
-        connection = self._connection
-        if connection is not None and connection.lock.acquire(timeout=connection.request.timeout_s):
-            connection.prepared = None
-            connection.lock.release()
+        if self._connection is not None:
+            # No waiting: this is the model's thread, and a read may be under way for as long as its deadline.
+            self._connection.wanted = self._connection.prepared = None
 
     def digests(self) -> list[RegionDigest]:
         """Digest every recorded region where it lies in the live parameters; seconds for a billion."""
