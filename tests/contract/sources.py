@@ -28,6 +28,9 @@ class Source(Protocol):
     def write(self, index: int, values: Sequence[int]) -> None:
         """Overwrite one tensor's bytes in place."""
 
+    def publish(self, version: int) -> None:
+        """Refresh every export, as a publisher does once its memory holds a version."""
+
     def close(self) -> None:
         """Close every export."""
 
@@ -42,13 +45,21 @@ class LocalSource:
         self._transport = transport
         self._tensors = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
         self._exports: list[Export] = []
+        self._version = 0
 
     def export(self) -> object:
-        self._exports.append(self._transport.export(self._tensors))
-        return self._exports[-1].ticket
+        export = self._transport.export(self._tensors)
+        export.refresh(self._version)
+        self._exports.append(export)
+        return export.ticket
 
     def write(self, index: int, values: Sequence[int]) -> None:
         self._tensors[index].copy_(torch.tensor(values, dtype=torch.uint8))
+
+    def publish(self, version: int) -> None:
+        self._version = version
+        for export in self._exports:
+            export.refresh(version)
 
     def close(self) -> None:
         for export in self._exports:
@@ -71,6 +82,9 @@ class _SourceActor:
     def write(self, index: int, values: Sequence[int]) -> None:
         self._source.write(index, values)
 
+    def publish(self, version: int) -> None:
+        self._source.publish(version)
+
     def close(self) -> None:
         self._source.close()
 
@@ -87,6 +101,9 @@ class ActorSource:
 
     def write(self, index: int, values: Sequence[int]) -> None:
         ray.get(self._actor.write.remote(index, values), timeout=60)
+
+    def publish(self, version: int) -> None:
+        ray.get(self._actor.publish.remote(version), timeout=60)
 
     def close(self) -> None:
         ray.get(self._actor.close.remote(), timeout=60)

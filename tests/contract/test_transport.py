@@ -65,7 +65,7 @@ def test_a_pull_brings_every_byte_into_the_targets_own_memory(stand: Stand) -> N
     targets = targets_of(SIZES)
     addresses = [target.data_ptr() for target in targets]
     link = stand.transport.open(source.export(), targets, trainer_rank=0)
-    link.pull(timeout_s=TIMEOUT_S)
+    link.pull(0, timeout_s=TIMEOUT_S)
     assert targets[0].tolist() == [1, 2, 3, 4, 5]
     assert targets[1].tolist() == [i % 251 for i in range(4096)]
     assert targets[2].tolist() == [9]
@@ -79,20 +79,32 @@ def test_targets_may_be_slices_of_one_buffer_and_nothing_beside_them_is_touched(
     source.write(1, [5, 6, 7, 8, 9, 10, 11, 12])
     buffer = torch.full((32,), 255, dtype=torch.uint8)
     link = stand.transport.open(source.export(), [buffer[2:6], buffer[16:24]], trainer_rank=0)
-    link.pull(timeout_s=TIMEOUT_S)
+    link.pull(0, timeout_s=TIMEOUT_S)
     wanted = [255] * 2 + [1, 2, 3, 4] + [255] * 10 + [5, 6, 7, 8, 9, 10, 11, 12] + [255] * 8
     assert buffer.tolist() == wanted
     link.close()
 
 
-def test_one_link_sees_every_later_write_of_the_source(stand: Stand) -> None:
+def test_one_link_brings_every_version_of_the_source(stand: Stand) -> None:
     source = stand.make_source((3,))
     targets = targets_of((3,))
     link = stand.transport.open(source.export(), targets, trainer_rank=0)
     for version in range(1, 6):
         source.write(0, [version, version + 1, version + 2])
-        link.pull(timeout_s=TIMEOUT_S)
+        source.publish(version)
+        link.pull(version, timeout_s=TIMEOUT_S)
         assert targets[0].tolist() == [version, version + 1, version + 2]
+    link.close()
+
+
+def test_a_link_opened_after_a_version_was_published_brings_that_version(stand: Stand) -> None:
+    source = stand.make_source((3,))
+    source.write(0, [1, 2, 3])
+    source.publish(7)
+    targets = targets_of((3,))
+    link = stand.transport.open(source.export(), targets, trainer_rank=0)
+    link.pull(7, timeout_s=TIMEOUT_S)
+    assert targets[0].tolist() == [1, 2, 3]
     link.close()
 
 
@@ -101,10 +113,10 @@ def test_two_readers_of_one_source_do_not_disturb_each_other(stand: Stand) -> No
     source.write(0, [7, 8])
     first, second = targets_of((2,)), targets_of((2,))
     links = [stand.transport.open(source.export(), targets, trainer_rank=0) for targets in (first, second)]
-    links[0].pull(timeout_s=TIMEOUT_S)
+    links[0].pull(0, timeout_s=TIMEOUT_S)
     links[0].close()
     assert second[0].tolist() == [255, 255]
-    links[1].pull(timeout_s=TIMEOUT_S)
+    links[1].pull(0, timeout_s=TIMEOUT_S)
     assert first[0].tolist() == second[0].tolist() == [7, 8]
     links[1].close()
 
@@ -112,10 +124,10 @@ def test_two_readers_of_one_source_do_not_disturb_each_other(stand: Stand) -> No
 def test_a_dead_source_is_a_typed_error_that_names_its_rank(stand: Stand) -> None:
     source = stand.make_source((2,))
     link = stand.transport.open(source.export(), targets_of((2,)), trainer_rank=3)
-    link.pull(timeout_s=TIMEOUT_S)
+    link.pull(0, timeout_s=TIMEOUT_S)
     source.kill()
     with pytest.raises(SourceDiedError, match="trainer rank 3"):
-        link.pull(timeout_s=TIMEOUT_S)
+        link.pull(0, timeout_s=TIMEOUT_S)
     link.close()
 
 
@@ -123,7 +135,7 @@ def test_targets_of_other_sizes_than_the_export_are_refused(stand: Stand) -> Non
     source = stand.make_source((4,))
     ticket = source.export()
     with pytest.raises(TransportError):
-        stand.transport.open(ticket, targets_of((3,)), trainer_rank=0).pull(timeout_s=TIMEOUT_S)
+        stand.transport.open(ticket, targets_of((3,)), trainer_rank=0).pull(0, timeout_s=TIMEOUT_S)
 
 
 def test_a_closed_link_refuses_to_pull_and_closes_again_quietly(stand: Stand) -> None:
@@ -132,7 +144,7 @@ def test_a_closed_link_refuses_to_pull_and_closes_again_quietly(stand: Stand) ->
     link.close()
     link.close()
     with pytest.raises(TransportError, match="closed"):
-        link.pull(timeout_s=TIMEOUT_S)
+        link.pull(0, timeout_s=TIMEOUT_S)
 
 
 def test_a_ticket_of_another_kind_is_refused(stand: Stand) -> None:

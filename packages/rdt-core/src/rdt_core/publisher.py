@@ -57,6 +57,9 @@ class WeightPublisher:
         self._instance = uuid.uuid4().hex
         self._transports: dict[str, Transport] = {}
         self._exports: dict[str, Export] = {}
+        # Held while exports are refreshed: by publish, and by the service thread for a new one, so that an
+        # export that comes while a version is published does not miss it.
+        self._refreshing = threading.Lock()
         self._is_closed = threading.Event()
         self._settle: Callable[[], None] = _nothing
         self._version = client.attach(
@@ -113,7 +116,8 @@ class WeightPublisher:
 
         Called in every trainer rank after ``optimizer.step()``. Waits for this device's pending work, then
         tells the coordinator without waiting for its answer; an error in the answer is raised by the next
-        publish, and meanwhile no engine takes the version. Takes no collective.
+        publish, and meanwhile no engine takes the version. Takes no collective. A snapshot transport (YR)
+        copies here what its engines will read; nothing else is copied.
 
         Args:
             version: greater than every version before; the step count will do.
@@ -122,6 +126,7 @@ class WeightPublisher:
             InvalidVersionError: not a positive integer.
             StaleVersionError: not greater than the last one.
             WindowMovedError: a parameter was re-allocated since ``attach``.
+            TransportError: a snapshot transport could not take the bytes; the version is not published.
             ClosedError: the publisher was closed.
             CoordinatorLostError: the group's coordinator ended.
         """
@@ -135,8 +140,8 @@ class WeightPublisher:
         if self._described.manifest.device.startswith("cuda"):
             torch.cuda.synchronize(self._described.manifest.device)
         self._settle()
+        self._refresh(version)
         self._settle = self._client.start_publish(self._local.rank, self._instance, version)
-        self._version = version
 
     def close(self) -> None:
         """Leave the group. Idempotent; engines keep serving what they committed."""
@@ -165,6 +170,13 @@ class WeightPublisher:
         for shard, before, now in zip(self._local.shards, self._addresses, self._local.locate(), strict=True):
             if before != now:
                 raise WindowMovedError(shard.owner, self._local.rank)
+
+    def _refresh(self, version: int) -> None:
+        """Let every export hold ``version``. The place for whatever must precede a reader of this version."""
+        with self._refreshing:
+            for export in self._exports.values():
+                export.refresh(version)
+            self._version = version
 
     def _serve(self) -> None:
         """Body of the service thread: fetch tasks and answer them until the publisher is closed."""
@@ -197,7 +209,8 @@ class WeightPublisher:
     def _export(self, payload: dict[str, Any]) -> object:
         """Offer byte ranges to one engine rank; a later request of the same reader replaces the earlier."""
         reader = str(payload["reader"])
-        previous = self._exports.pop(reader, None)
+        with self._refreshing:
+            previous = self._exports.pop(reader, None)
         if previous is not None:
             previous.close()
         if not payload["ranges"]:
@@ -210,7 +223,13 @@ class WeightPublisher:
             for window, offset, nbytes in payload["ranges"]
         ]
         export = self._transports[name].export(views)
-        self._exports[reader] = export
+        with self._refreshing:
+            try:
+                export.refresh(self._version)
+            except BaseException:
+                export.close()
+                raise
+            self._exports[reader] = export
         return export.ticket
 
     def _digest(self, dtypes: dict[str, str]) -> list[RegionDigest]:

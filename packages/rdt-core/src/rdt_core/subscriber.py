@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -77,6 +78,19 @@ class _Connection:
     prepared: int | None = None
     read_s: float = 0.0
     reader: threading.Thread | None = None
+    is_closed: bool = False
+
+    def close_links_unless_reading(self) -> None:
+        """Close the links of a closed connection; where a read is under way, the reader does it afterwards.
+
+        Called by ``disconnect`` on the model's thread, which must not wait for a read, and after every read.
+        """
+        if self.is_closed and self.lock.acquire(blocking=False):
+            try:
+                for link in self.links.values():
+                    link.close()
+            finally:
+                self.lock.release()
 
 
 class WeightSubscriber:
@@ -132,23 +146,25 @@ class WeightSubscriber:
         )
         plan = build_plan(wanted, manifests)
         landing = make_landing(plan, recording, specs, self._model.device)
-        links = self._open_links(request, client, plan, landing)
-        info = {
-            "rank": self._model.rank,
-            "world_size": self._model.world_size,
-            "num_tensors": plan.num_tensors,
-            "nbytes": plan.payload_nbytes,
-            "read_nbytes": plan.read_nbytes,
-            "num_reads": plan.num_reads,
-            "landing_nbytes": landing.nbytes,
-            "reload": dict(recording.reload),
-            "trainers": dict.fromkeys(links, request.transport),
-            "connect_s": time.perf_counter() - started,
-        }
-        session = client.session()
-        if session != self._session:
-            self._session, self._version = session, 0
-        client.join(request.engine, self._model.rank, info)
+        with contextlib.ExitStack() as opened:
+            links = self._open_links(request, client, plan, landing, opened)
+            info = {
+                "rank": self._model.rank,
+                "world_size": self._model.world_size,
+                "num_tensors": plan.num_tensors,
+                "nbytes": plan.payload_nbytes,
+                "read_nbytes": plan.read_nbytes,
+                "num_reads": plan.num_reads,
+                "landing_nbytes": landing.nbytes,
+                "reload": dict(recording.reload),
+                "trainers": dict.fromkeys(links, request.transport),
+                "connect_s": time.perf_counter() - started,
+            }
+            session = client.session()
+            if session != self._session:
+                self._session, self._version = session, 0
+            client.join(request.engine, self._model.rank, info)
+            opened.pop_all()
         self._connection = _Connection(request, client, recording, specs, plan, landing, links)
         logger.info(
             "rank %d connected to sync group %s: %d tensors, %d bytes, %d reads, %.2f s",
@@ -174,18 +190,14 @@ class WeightSubscriber:
         connection = self._connected("prepare")
         if version <= self._version:
             raise StaleVersionError(version, self._version, "committed by this engine")
-        with connection.lock:
-            connection.wanted, connection.prepared = version, None
-            connection.client.check_version(version)
-            started = time.perf_counter()
-            deadline = time.monotonic() + timeout_s
-            for link in connection.links.values():
-                link.pull(timeout_s=max(0.001, deadline - time.monotonic()))
-            connection.landing.fill_reload_buffers()
-            connection.read_s = time.perf_counter() - started
-            connection.client.check_version(version)
-            # An abort during the read has taken the wish back.
-            connection.prepared = connection.wanted
+        try:
+            with connection.lock:
+                connection.wanted, connection.prepared = version, None
+                _read(connection, version, timeout_s)
+                # An abort during the read has taken the wish back.
+                connection.prepared = connection.wanted
+        finally:
+            connection.close_links_unless_reading()
         return {"version": version, "prepare_s": connection.read_s}
 
     def start_prepare(self, version: int, attempt: str, *, timeout_s: float = 60.0) -> None:
@@ -300,13 +312,15 @@ class WeightSubscriber:
         }
 
     def disconnect(self) -> None:
-        """Close all links and leave the group. Idempotent; the model keeps its version."""
+        """Close all links and leave the group. Idempotent; the model keeps its version.
+
+        Does not wait for a read that is under way: it ends by itself, and its links are closed then.
+        """
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        with connection.lock:
-            for link in connection.links.values():
-                link.close()
+        connection.is_closed = True
+        connection.close_links_unless_reading()
         try:
             connection.client.leave(connection.request.engine, self._model.rank)
         except (CoordinatorLostError, DeadlineError) as error:
@@ -319,8 +333,14 @@ class WeightSubscriber:
         return CoordinatorClient(RayChannel.find(request.group))
 
     def _open_links(
-        self, request: ConnectRequest, client: CoordinatorClient, plan: Plan, landing: Landing
+        self,
+        request: ConnectRequest,
+        client: CoordinatorClient,
+        plan: Plan,
+        landing: Landing,
+        opened: contextlib.ExitStack,
     ) -> dict[int, Link]:
+        """A link to every trainer rank of the plan. ``opened`` closes them if the connect fails later."""
         transport = make_transport(request.transport)
         reader = f"{request.engine}#{self._model.rank}"
         asked = {
@@ -332,10 +352,11 @@ class WeightSubscriber:
             for rank, reads in plan.reads.items()
         }
         tickets = client.ask("export", asked, request.timeout_s)
-        return {
-            rank: transport.open(ticket, landing.targets(plan.reads[rank]), trainer_rank=rank)
-            for rank, ticket in sorted(tickets.items())
-        }
+        links: dict[int, Link] = {}
+        for rank, ticket in sorted(tickets.items()):
+            links[rank] = transport.open(ticket, landing.targets(plan.reads[rank]), trainer_rank=rank)
+            opened.callback(links[rank].close)
+        return links
 
     def _report(self, connection: _Connection, attempt: str, outcome: Outcome) -> None:
         try:
@@ -347,6 +368,20 @@ class WeightSubscriber:
         if self._connection is None:
             raise NotConnectedError(operation)
         return self._connection
+
+
+def _read(connection: _Connection, version: int, timeout_s: float) -> None:
+    """Pull every link and assemble reload buffers; the version is checked before and after."""
+    connection.client.check_version(version)
+    started = time.perf_counter()
+    deadline = time.monotonic() + timeout_s
+    for link in connection.links.values():
+        if connection.is_closed:
+            raise NotConnectedError("finish a read")
+        link.pull(version, timeout_s=max(0.001, deadline - time.monotonic()))
+    connection.landing.fill_reload_buffers()
+    connection.read_s = time.perf_counter() - started
+    connection.client.check_version(version)
 
 
 def merge_specs(manifests: Sequence[Manifest]) -> dict[str, TensorSpec]:

@@ -1,8 +1,13 @@
 """The seam between the sync protocol and the machinery that moves bytes.
 
 A trainer rank *exports* byte ranges of its live memory, once for each engine rank, and passes the ticket
-through the coordinator. The engine rank *opens* the ticket onto its own landing memory, once, and then
-*pulls* at every version: after a pull, the landing memory holds what the source memory holds now.
+through the coordinator. The engine rank *opens* the ticket onto its own landing memory, once. From then on
+the trainer rank *refreshes* the export at every version that it publishes, and the engine rank *pulls* it.
+
+Two kinds of transport fit behind this. A *window* reads live memory: its refresh does nothing, and a pull
+brings what the source holds now. A *snapshot store* copies at refresh, and a pull brings that copy. Either
+way, a pull of the version that was refreshed last brings that version's bytes, as long as the trainer has not
+written since.
 """
 
 from __future__ import annotations
@@ -24,6 +29,18 @@ class Export(Protocol):
 
     ticket: object
 
+    def refresh(self, version: int) -> None:
+        """Make what the memory holds now readable as ``version``.
+
+        Called for every version: by ``publish``, in the trainer's thread, once the device has done its work
+        and before anyone is told of the version; and once after :meth:`Transport.export`, in the service
+        thread, with the last version published (0 before the first). Never in both at once. Live windows do
+        nothing.
+
+        Raises:
+            TransportError: the bytes cannot be offered; the version is then not published.
+        """
+
     def close(self) -> None:
         """Stop offering the memory. Idempotent. A later pull fails; it never brings other bytes."""
 
@@ -31,10 +48,14 @@ class Export(Protocol):
 class Link(Protocol):
     """An engine rank's side of one pair."""
 
-    def pull(self, *, timeout_s: float) -> None:
+    def pull(self, version: int, *, timeout_s: float) -> None:
         """Read every byte of the export into the targets given at ``open``. Blocks without holding the GIL.
 
         After an error the targets may hold a mix of old and new bytes.
+
+        Args:
+            version: the last one the export was refreshed with. A live window has no other and does not look.
+            timeout_s: for the whole read, in seconds.
 
         Raises:
             SourceDiedError: the trainer process ended.
@@ -58,7 +79,8 @@ class Transport(Protocol):
     def export(self, views: Sequence[torch.Tensor]) -> Export:
         """Offer live memory to one engine rank.
 
-        Called in the trainer process, always from the publisher's one service thread.
+        Called in the trainer process, always from the publisher's one service thread. The publisher refreshes
+        the export before it gives the ticket away.
 
         Args:
             views: contiguous one-dimensional uint8 views of live storages. Not copied: a later write by the

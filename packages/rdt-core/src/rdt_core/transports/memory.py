@@ -58,6 +58,9 @@ class MemoryExport:
         """The offered memory, or None once closed."""
         return self._views
 
+    def refresh(self, version: int) -> None:
+        """Nothing: readers see the memory itself."""
+
     def close(self) -> None:
         """Stop offering the memory."""
         self._views = None
@@ -86,9 +89,9 @@ class MemoryLink:
             raise SourceDiedError(self._trainer_rank, "its export was closed")
         return export.views
 
-    def pull(self, *, timeout_s: float) -> None:
+    def pull(self, version: int, *, timeout_s: float) -> None:
         """Copy from the source views into the targets; never waits."""
-        del timeout_s
+        del version, timeout_s
         for target, view in zip(self._targets, self._source(), strict=True):
             target.copy_(view)
 

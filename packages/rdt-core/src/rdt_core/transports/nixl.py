@@ -115,6 +115,9 @@ class NixlExport:
         _forget_source_actor(ref)
         self.ticket: list[Any] = [ref]
 
+    def refresh(self, version: int) -> None:
+        """Nothing: readers see the memory itself."""
+
     def close(self) -> None:
         """Drop the ref and the registrations."""
         from ray.experimental import deregister_nixl_memory  # noqa: PLC0415
@@ -139,11 +142,12 @@ class NixlLink:
             register_nixl_memory(target)
         set_target_for_ref(cast("Any", ref), self._targets)
 
-    def pull(self, *, timeout_s: float) -> None:
+    def pull(self, version: int, *, timeout_s: float) -> None:
         """Read the export into the targets; blocks in ``ray.get``."""
         import ray  # noqa: PLC0415
         from ray import exceptions  # noqa: PLC0415
 
+        del version
         if self._ref is None:
             raise TransportError("this link has been closed. Open the ticket again.")
         try:
