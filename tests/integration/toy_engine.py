@@ -27,6 +27,7 @@ from rdt_core.subscriber import WeightSubscriber
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from rdt_core.client import Channel
     from rdt_core.manifest import TensorSpec
     from rdt_core.recording import Recording
 
@@ -87,9 +88,9 @@ class ToyBackend:
     engine = "toy 1.0"
     world_size = 1
 
-    def __init__(self, model: ToyModel) -> None:
+    def __init__(self, model: ToyModel, channel: Channel | None = None) -> None:
         self.model = model
-        self._subscriber = WeightSubscriber(ToyEngineModel(model))
+        self._subscriber = WeightSubscriber(ToyEngineModel(model), channel=channel)
         self._model_thread = ThreadPoolExecutor(max_workers=1)
 
     async def call(self, method: str, payload: dict[str, Any]) -> list[dict[str, Any]]:
@@ -112,10 +113,17 @@ def fingerprint(model: ToyModel) -> dict[str, str]:
     }
 
 
-def make_app(vocab: int, dtype: torch.dtype, api_keys: Sequence[str], *, has_weight_sync: bool) -> FastAPI:
+def make_app(
+    vocab: int,
+    dtype: torch.dtype,
+    api_keys: Sequence[str],
+    *,
+    has_weight_sync: bool = True,
+    channel: Channel | None = None,
+) -> FastAPI:
     """The server; without weight sync it is an engine that was started without the flag."""
     app = FastAPI()
-    backend = ToyBackend(ToyModel(vocab, dtype))
+    backend = ToyBackend(ToyModel(vocab, dtype), channel)
 
     @app.get("/fingerprint")
     async def get_fingerprint() -> dict[str, str]:

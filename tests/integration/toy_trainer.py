@@ -14,6 +14,8 @@ from rdt_core import LocalShard, LocalShards, Region, TensorSpec, WeightPublishe
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from rdt_core.client import Channel
+
 HIDDEN = 64
 SHAPES: dict[str, tuple[int, ...]] = {
     "embed.weight": (100, HIDDEN),
@@ -71,8 +73,12 @@ class ToyTrainer:
         )
         self._publisher: WeightPublisher | None = None
 
-    def attach(self, group: str) -> int:
-        self._publisher = WeightPublisher.attach(group, self._local)
+    @property
+    def local(self) -> LocalShards:
+        return self._local
+
+    def attach(self, group: str, channel: Channel | None = None) -> int:
+        self._publisher = WeightPublisher.attach(group, self._local, channel=channel)
         return os.getpid()
 
     def write(self, version: int) -> None:

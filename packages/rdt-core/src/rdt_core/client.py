@@ -254,6 +254,14 @@ class CoordinatorClient:
             ),
         )
 
+    def start_record(self, sync: dict[str, Any]) -> None:
+        """Keep how a sync ended; not waited for."""
+        self._channel.start("record", sync)
+
+    def history(self) -> list[dict[str, Any]]:
+        """The group's last syncs, oldest first."""
+        return cast("list[dict[str, Any]]", self._channel.call("history", timeout_s=CALL_TIMEOUT_S))
+
     def status(self) -> dict[str, Any]:
         """Plain values about the group."""
         return cast("dict[str, Any]", self._channel.call("status", timeout_s=CALL_TIMEOUT_S))

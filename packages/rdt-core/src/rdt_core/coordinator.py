@@ -35,6 +35,9 @@ POLL_S = 2.0
 SILENT_S = 10.0
 """A trainer rank that has given no sign of life for this long counts as gone."""
 
+MAX_HISTORY = 32
+"""How many of a group's last syncs are kept; all but the last completed one without their rows by rank."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainerTask:
@@ -86,6 +89,7 @@ class Coordinator:
         self._outcomes: dict[int, Outcome] = {}
         self._open_tasks: set[int] = set()
         self._numbers = itertools.count(1)
+        self._history: deque[dict[str, Any]] = deque(maxlen=MAX_HISTORY)
         self._changed = asyncio.Condition()
 
     async def attach(self, rank: int, world_size: int, instance: str, manifest: bytes) -> int:
@@ -237,6 +241,17 @@ class Coordinator:
                 f"the read {attempt} of {silent}", timeout_s, "Look into those engines' logs."
             )
         return outcomes()
+
+    async def record(self, sync: dict[str, Any]) -> None:
+        """Keep how a sync ended, as plain values; see :class:`rdt_core.history.CoordinatorHistory`."""
+        if "ranks" in sync:
+            for earlier in self._history:
+                earlier.pop("ranks", None)
+        self._history.append(sync)
+
+    async def history(self) -> list[dict[str, Any]]:
+        """The group's last syncs, oldest first; only the last completed one has its rows by rank."""
+        return list(self._history)
 
     async def status(self) -> dict[str, Any]:
         """Plain values about trainers and engines, for people and tools."""

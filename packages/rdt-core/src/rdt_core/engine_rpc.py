@@ -11,6 +11,7 @@ import logging
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
+from rdt_core import tracing
 from rdt_core.error_wire import to_wire
 from rdt_core.errors import RdtError, WireFormatError
 from rdt_core.subscriber import ConnectRequest, WeightSubscriber
@@ -36,7 +37,8 @@ def call(subscriber: WeightSubscriber, method: str, payload: Mapping[str, Any]) 
     try:
         if method not in _METHODS:
             raise WireFormatError("control method", f"unknown method {method!r}")
-        return {"ok": True, "result": _METHODS[method](subscriber, payload)}
+        with tracing.span(f"rdt.engine.{method}", parent=tracing.parse_traceparent(payload)):
+            return {"ok": True, "result": _METHODS[method](subscriber, payload)}
     except RdtError as error:
         return {"ok": False, "error": to_wire(error)}
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:

@@ -7,6 +7,27 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinkReport:
+    """What one engine rank read from one trainer rank in one sync.
+
+    Args:
+        trainer_rank: whose memory was read.
+        transport: name of the transport that carried it.
+        nbytes: that crossed the link.
+        num_reads: one-sided copies.
+        started_unix_s: by the engine's clock.
+        seconds: from the first read to the last byte.
+    """
+
+    trainer_rank: int
+    transport: str
+    nbytes: int
+    num_reads: int
+    started_unix_s: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
     """One engine rank's part of a sync.
 
@@ -20,6 +41,9 @@ class RankReport:
         prepare_s: reading, while generation goes on.
         commit_s: local copies and recomputed derived tensors, while generation stands.
         transports: name of the transport by trainer rank.
+        prepare_started_unix_s: by the engine's clock; 0 when the engine does not say.
+        commit_started_unix_s: by the engine's clock; 0 when the engine does not say.
+        links: one row a trainer rank that was read, in the order of reading.
     """
 
     engine: str
@@ -30,6 +54,9 @@ class RankReport:
     prepare_s: float
     commit_s: float
     transports: dict[int, str]
+    prepare_started_unix_s: float = 0.0
+    commit_started_unix_s: float = 0.0
+    links: tuple[LinkReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +73,7 @@ class SyncReport:
         stall_s: the longest time any engine held generation.
         total_s: the whole call.
         ranks: one row an engine rank.
+        started_unix_s: when the driver began, by its clock.
     """
 
     version: int
@@ -57,11 +85,41 @@ class SyncReport:
     stall_s: float
     total_s: float
     ranks: tuple[RankReport, ...]
+    started_unix_s: float = 0.0
 
     @property
     def gigabytes_per_s(self) -> float:
         """Payload over the time of ``prepare``."""
         return self.nbytes / self.prepare_s / 1e9 if self.prepare_s else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncFailure:
+    """One sync that ended without a commit.
+
+    Args:
+        version: that was to be served.
+        phase: ``"publish_wait"``, ``"prepare"`` or ``"commit"``.
+        error_type: name of the error's class in ``rdt_core.errors``.
+        message: the error's text.
+        engine: where it failed; empty when no engine is to blame.
+        rank: of the worker in that engine; -1 when no single rank is to blame.
+        started_unix_s: when the driver began, by its clock.
+        seconds: until the error.
+    """
+
+    version: int
+    phase: str
+    error_type: str
+    message: str
+    engine: str
+    rank: int
+    started_unix_s: float
+    seconds: float
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

@@ -77,6 +77,8 @@ class _Connection:
     wanted: int | None = None
     prepared: int | None = None
     read_s: float = 0.0
+    read_started_unix_s: float = 0.0
+    link_times: dict[int, tuple[float, float]] = field(default_factory=dict)
     reader: threading.Thread | None = None
     is_closed: bool = False
 
@@ -230,7 +232,8 @@ class WeightSubscriber:
         """Flip the model to a prepared version by local copies. Called while the model does not run.
 
         Returns:
-            Plain values: version, rank, commit_s, prepare_s, nbytes, read_nbytes, num_reads.
+            Plain values: version, rank, commit_s, prepare_s, nbytes, read_nbytes, num_reads, num_tensors,
+            trainers, links, prepare_started_unix_s, commit_started_unix_s.
 
         Raises:
             NotConnectedError: connect first.
@@ -243,7 +246,7 @@ class WeightSubscriber:
         try:
             if connection.prepared != version:
                 raise NotPreparedError(version, connection.prepared)
-            started = time.perf_counter()
+            started, started_unix_s = time.perf_counter(), time.time()
             self._is_torn = True
             if connection.landing.reload_buffers:
                 self._model.load(list(connection.landing.reload_buffers.items()))
@@ -263,6 +266,9 @@ class WeightSubscriber:
             "num_reads": connection.plan.num_reads,
             "num_tensors": connection.plan.num_tensors,
             "trainers": dict.fromkeys(connection.links, connection.request.transport),
+            "prepare_started_unix_s": connection.read_started_unix_s,
+            "commit_started_unix_s": started_unix_s,
+            "links": _describe_links(connection),
         }
 
     def abort(self) -> None:
@@ -373,15 +379,32 @@ class WeightSubscriber:
 def _read(connection: _Connection, version: int, timeout_s: float) -> None:
     """Pull every link and assemble reload buffers; the version is checked before and after."""
     connection.client.check_version(version)
-    started = time.perf_counter()
+    started, connection.read_started_unix_s = time.perf_counter(), time.time()
     deadline = time.monotonic() + timeout_s
-    for link in connection.links.values():
+    for trainer_rank, link in connection.links.items():
         if connection.is_closed:
             raise NotConnectedError("finish a read")
+        pull_started, pull_started_unix_s = time.perf_counter(), time.time()
         link.pull(version, timeout_s=max(0.001, deadline - time.monotonic()))
+        connection.link_times[trainer_rank] = (pull_started_unix_s, time.perf_counter() - pull_started)
     connection.landing.fill_reload_buffers()
     connection.read_s = time.perf_counter() - started
     connection.client.check_version(version)
+
+
+def _describe_links(connection: _Connection) -> list[dict[str, Any]]:
+    """What was read from each trainer rank and when: the fields of :class:`rdt_core.report.LinkReport`."""
+    return [
+        {
+            "trainer_rank": rank,
+            "transport": connection.request.transport,
+            "nbytes": sum(read.nbytes for read in connection.plan.reads[rank]),
+            "num_reads": len(connection.plan.reads[rank]),
+            "started_unix_s": started_unix_s,
+            "seconds": seconds,
+        }
+        for rank, (started_unix_s, seconds) in connection.link_times.items()
+    ]
 
 
 def merge_specs(manifests: Sequence[Manifest]) -> dict[str, TensorSpec]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self
 
-from rdt_core import ray_session
+from rdt_core import observer, ray_session, tracing
 from rdt_core.client import CoordinatorClient, RayChannel
 from rdt_core.digest import RegionDigest, add_digests
 from rdt_core.dtypes import itemsize_bytes
@@ -22,13 +23,16 @@ from rdt_core.errors import (
     StaleVersionError,
     UpdateFailedError,
 )
-from rdt_core.report import RankReport, SyncReport, VerifyReport
+from rdt_core.history import CoordinatorHistory
+from rdt_core.report import LinkReport, RankReport, SyncFailure, SyncReport, VerifyReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
+    from rdt_core.client import Channel
     from rdt_core.coordinator import Outcome
+    from rdt_core.observer import SyncObserver
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +46,17 @@ class WeightSync:
     Lives in one driver process, not in the trainer ranks. All methods block and are called from one thread.
     """
 
-    def __init__(self, client: CoordinatorClient, engines: Sequence[EngineHttp]) -> None:
+    def __init__(
+        self,
+        client: CoordinatorClient,
+        engines: Sequence[EngineHttp],
+        *,
+        group: str = "",
+        observers: Sequence[SyncObserver] = (),
+    ) -> None:
         self._client = client
+        self._group = group
+        self._observers = (CoordinatorHistory(client), *observers)
         self._engines = tuple(engines)
         self._pool = ThreadPoolExecutor(max_workers=min(len(engines), _MAX_ENGINES_AT_ONCE))
         self._members: dict[str, list[dict[str, Any]]] = {}
@@ -59,6 +72,8 @@ class WeightSync:
         api_key: str | None = None,
         transport: str = "nixl",
         timeout_s: float = 120.0,
+        observers: Sequence[SyncObserver] = (),
+        channel: Channel | None = None,
     ) -> WeightSync:
         """Bring trainers and engines together: every engine rank plans its reads and opens its links.
 
@@ -71,6 +86,8 @@ class WeightSync:
             api_key: of the engine servers, if they have one.
             transport: name of the transport for every link.
             timeout_s: for each engine's connect, in seconds.
+            observers: are told about every sync; metrics for instance.
+            channel: how to reach the coordinator; by default the group's named Ray actor.
 
         Raises:
             NoRayClusterError, RayAuthError: this driver, or an engine, cannot join Ray.
@@ -82,15 +99,20 @@ class WeightSync:
         """
         if not engines or len(set(engines)) != len(engines):
             raise ConfigError(f"engines must be one or more different URLs, got {list(engines)!r}.")
-        ray_session.join()
-        client = CoordinatorClient(RayChannel.find(group))
+        where = ray_session.RayAddress("")
+        if channel is None:
+            ray_session.join()
+            channel, where = RayChannel.find(group), ray_session.current_address()
+        client = CoordinatorClient(channel)
         client.manifests(_TRAINERS_TIMEOUT_S)
-        sync = cls(client, [EngineHttp(url, api_key=api_key) for url in engines])
+        reached = [EngineHttp(url, api_key=api_key) for url in engines]
+        sync = cls(client, reached, group=group, observers=observers)
         try:
-            sync._connect_all(group, transport, timeout_s)
+            sync._connect_all(where, transport, timeout_s)
         except RdtError:
             sync.close()
             raise
+        observer.tell(sync._observers, lambda told: told.on_connected(group, sync.engines))
         return sync
 
     @property
@@ -128,14 +150,16 @@ class WeightSync:
             raise InvalidVersionError(version)
         if version <= self._version:
             raise StaleVersionError(version, self._version, "synced")
-        started = time.perf_counter()
-        self._client.wait_published(version, timeout_s)
-        published = time.perf_counter()
-        self._prepare_all(version, timeout_s)
-        prepared = time.perf_counter()
-        answers = self._commit_all(version, kv_cache, timeout_s)
+        progress = _Progress(version)
+        try:
+            with tracing.span("rdt.sync", group=self._group, version=version):
+                report = self._run_phases(progress, kv_cache, timeout_s)
+        except RdtError as error:
+            failure = progress.failure(error)
+            observer.tell(self._observers, lambda told: told.on_failed(self._group, failure))
+            raise
         self._version = version
-        report = _make_report(version, answers, started, published, prepared)
+        observer.tell(self._observers, lambda told: told.on_synced(self._group, report))
         logger.info(
             "version %d: %d bytes, prepare %.3f s, commit %.3f s, stall %.3f s",
             version,
@@ -197,6 +221,7 @@ class WeightSync:
         self._pool.shutdown(wait=False, cancel_futures=True)
         for engine in self._engines:
             engine.close()
+        observer.tell(self._observers, lambda told: told.on_closed(self._group))
 
     def __enter__(self) -> Self:
         return self
@@ -206,12 +231,20 @@ class WeightSync:
     ) -> None:
         self.close()
 
-    def _connect_all(self, group: str, transport: str, timeout_s: float) -> None:
-        where = ray_session.current_address()
+    def _run_phases(self, progress: _Progress, kv_cache: str, timeout_s: float) -> SyncReport:
+        version = progress.version
+        with progress.enter("publish_wait"):
+            self._client.wait_published(version, timeout_s)
+        with progress.enter("prepare"):
+            self._prepare_all(version, timeout_s)
+        with progress.enter("commit"):
+            answers = self._commit_all(version, kv_cache, timeout_s)
+        return _make_report(progress, answers)
 
+    def _connect_all(self, where: ray_session.RayAddress, transport: str, timeout_s: float) -> None:
         def connect(engine: EngineHttp) -> None:
             payload = {
-                "group": group,
+                "group": self._group,
                 "engine": engine.url,
                 "ray_address": where.address,
                 "ray_auth_mode": where.auth_mode,
@@ -224,7 +257,7 @@ class WeightSync:
 
     def _prepare_all(self, version: int, timeout_s: float) -> None:
         attempt = f"{version}:{uuid.uuid4().hex}"
-        payload = {"version": version, "attempt": attempt, "timeout_s": timeout_s}
+        payload = {"version": version, "attempt": attempt, "timeout_s": timeout_s, **_trace_context()}
         members = [(url, int(rank["rank"])) for url, ranks in self._members.items() for rank in ranks]
         try:
             self._each("prepare", payload, timeout_s)
@@ -236,9 +269,9 @@ class WeightSync:
 
     def _commit_all(self, version: int, kv_cache: str, timeout_s: float) -> dict[str, dict[str, Any]]:
         answers: dict[str, dict[str, Any]] = {}
+        payload = {"version": version, "kv_cache": kv_cache, **_trace_context()}
 
         def commit(engine: EngineHttp) -> None:
-            payload = {"version": version, "kv_cache": kv_cache}
             try:
                 answers[engine.url] = engine.call("commit", payload, timeout_s=timeout_s)
             except EngineError:
@@ -285,34 +318,78 @@ def _raise_first_failure(version: int, outcomes: Mapping[tuple[str, int], Outcom
             raise UpdateFailedError(version, "prepare", url, rank, str(outcome.error)) from outcome.error
 
 
-def _make_report(
-    version: int, answers: Mapping[str, Mapping[str, Any]], started: float, published: float, prepared: float
-) -> SyncReport:
-    ended = time.perf_counter()
-    rows = [
-        RankReport(
-            engine=url,
-            rank=int(rank["rank"]),
-            nbytes=rank["nbytes"],
-            read_nbytes=rank["read_nbytes"],
-            num_reads=rank["num_reads"],
-            prepare_s=rank["prepare_s"],
-            commit_s=rank["commit_s"],
-            transports={int(trainer): name for trainer, name in rank["trainers"].items()},
+class _Progress:
+    """Where a running sync is, and how long each phase took."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.phase = ""
+        self.seconds: dict[str, float] = {}
+        self.started_unix_s = time.time()
+        self._started = time.perf_counter()
+
+    @contextlib.contextmanager
+    def enter(self, phase: str) -> Iterator[None]:
+        self.phase = phase
+        started = time.perf_counter()
+        with tracing.span(f"rdt.{phase}", version=self.version):
+            yield
+        self.seconds[phase] = time.perf_counter() - started
+
+    @property
+    def total_s(self) -> float:
+        return time.perf_counter() - self._started
+
+    def failure(self, error: RdtError) -> SyncFailure:
+        reason = error.__cause__ if isinstance(error.__cause__, RdtError) else error
+        return SyncFailure(
+            version=self.version,
+            phase=self.phase,
+            error_type=type(reason).__name__,
+            message=str(error),
+            engine=str(getattr(error, "engine", "")),
+            rank=int(getattr(error, "rank", -1)),
+            started_unix_s=self.started_unix_s,
+            seconds=self.total_s,
         )
-        for url, answer in sorted(answers.items())
-        for rank in answer["ranks"]
+
+
+def _trace_context() -> dict[str, str]:
+    traceparent = tracing.traceparent()
+    return {"traceparent": traceparent} if traceparent else {}
+
+
+def _make_report(progress: _Progress, answers: Mapping[str, Mapping[str, Any]]) -> SyncReport:
+    rows = [
+        _make_rank_report(url, rank) for url, answer in sorted(answers.items()) for rank in answer["ranks"]
     ]
     return SyncReport(
-        version=version,
+        version=progress.version,
         num_tensors=max(rank["num_tensors"] for answer in answers.values() for rank in answer["ranks"]),
         nbytes=sum(row.nbytes for row in rows),
-        publish_wait_s=published - started,
-        prepare_s=prepared - published,
+        publish_wait_s=progress.seconds["publish_wait"],
+        prepare_s=progress.seconds["prepare"],
         commit_s=max(row.commit_s for row in rows),
         stall_s=max(float(answer["stall_s"]) for answer in answers.values()),
-        total_s=ended - started,
+        total_s=progress.total_s,
         ranks=tuple(rows),
+        started_unix_s=progress.started_unix_s,
+    )
+
+
+def _make_rank_report(engine: str, rank: Mapping[str, Any]) -> RankReport:
+    return RankReport(
+        engine=engine,
+        rank=int(rank["rank"]),
+        nbytes=rank["nbytes"],
+        read_nbytes=rank["read_nbytes"],
+        num_reads=rank["num_reads"],
+        prepare_s=rank["prepare_s"],
+        commit_s=rank["commit_s"],
+        transports={int(trainer): name for trainer, name in rank["trainers"].items()},
+        prepare_started_unix_s=float(rank.get("prepare_started_unix_s", 0.0)),
+        commit_started_unix_s=float(rank.get("commit_started_unix_s", 0.0)),
+        links=tuple(LinkReport(**link) for link in rank.get("links", ())),
     )
 
 
