@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from rdt_core.transports.base import Export, Transport
 
 
+def device_of(transport: str) -> torch.device:
+    """Where a transport's memory lies in these tests."""
+    return torch.device("cuda:0" if transport == "cuda_ipc" else "cpu")
+
+
 class Source(Protocol):
     """Memory that a test can write, and exports of all of it, one a reader."""
 
@@ -43,7 +48,8 @@ class LocalSource:
 
     def __init__(self, transport: Transport, sizes: Sequence[int]) -> None:
         self._transport = transport
-        self._tensors = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+        device = device_of(transport.name)
+        self._tensors = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
         self._exports: list[Export] = []
         self._version = 0
 
@@ -55,14 +61,21 @@ class LocalSource:
 
     def write(self, index: int, values: Sequence[int]) -> None:
         self._tensors[index].copy_(torch.tensor(values, dtype=torch.uint8))
+        if self._tensors[index].is_cuda:
+            torch.cuda.synchronize()
 
     def publish(self, version: int) -> None:
         self._version = version
         for export in self._exports:
             export.refresh(version)
 
+    def free(self, index: int) -> None:
+        """Give a tensor's memory back while it is exported, as a trainer must not."""
+        self._tensors[index].untyped_storage().resize_(0)
+
     def close(self) -> None:
-        for export in self._exports:
+        exports, self._exports = self._exports, []
+        for export in exports:
             export.close()
 
     def kill(self) -> None:
@@ -85,6 +98,9 @@ class _SourceActor:
     def publish(self, version: int) -> None:
         self._source.publish(version)
 
+    def free(self, index: int) -> None:
+        self._source.free(index)
+
     def close(self) -> None:
         self._source.close()
 
@@ -93,7 +109,9 @@ class ActorSource:
     """A source in a Ray actor, a process of its own."""
 
     def __init__(self, name: str, sizes: Sequence[int]) -> None:
-        self._actor = ray.remote(_SourceActor).options(num_cpus=0).remote(name, sizes)
+        # Ray hides every GPU from an actor that asks for none.
+        num_gpus = 0.01 if device_of(name).type == "cuda" else 0
+        self._actor = ray.remote(_SourceActor).options(num_cpus=0, num_gpus=num_gpus).remote(name, sizes)
         self._pid = int(ray.get(self._actor.pid.remote(), timeout=60))
 
     def export(self) -> object:
@@ -104,6 +122,9 @@ class ActorSource:
 
     def publish(self, version: int) -> None:
         ray.get(self._actor.publish.remote(version), timeout=60)
+
+    def free(self, index: int) -> None:
+        ray.get(self._actor.free.remote(index), timeout=60)
 
     def close(self) -> None:
         ray.get(self._actor.close.remote(), timeout=60)

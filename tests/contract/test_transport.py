@@ -10,7 +10,7 @@ import torch
 
 from rdt_core.errors import SourceDiedError, TransportError, TransportUnavailableError
 from rdt_core.transports import make_transport
-from tests.contract.sources import ActorSource, LocalSource
+from tests.contract.sources import ActorSource, LocalSource, device_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +29,18 @@ class Stand:
     transport: Transport
     make_source: Callable[[Sequence[int]], Source]
 
+    def make_targets(self, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Memory of the kind that this transport reads into, filled with 255."""
+        device = device_of(self.transport.name)
+        return [torch.full((size,), 255, dtype=torch.uint8, device=device) for size in sizes]
 
-@pytest.fixture(params=["memory", "nixl"])
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here")
+
+
+@pytest.fixture(
+    params=["memory", "nixl", pytest.param("cuda_ipc", marks=[pytest.mark.cuda, needs_gpu])],
+)
 def stand(request: pytest.FixtureRequest) -> Iterator[Stand]:
     """One transport; real ones have their source in another process."""
     transport = make_transport(request.param) if request.param == "memory" else None
@@ -53,16 +63,12 @@ def stand(request: pytest.FixtureRequest) -> Iterator[Stand]:
         source.kill()
 
 
-def targets_of(sizes: Sequence[int]) -> list[torch.Tensor]:
-    return [torch.full((size,), 255, dtype=torch.uint8) for size in sizes]
-
-
 def test_a_pull_brings_every_byte_into_the_targets_own_memory(stand: Stand) -> None:
     source = stand.make_source(SIZES)
     source.write(0, [1, 2, 3, 4, 5])
     source.write(1, [i % 251 for i in range(4096)])
     source.write(2, [9])
-    targets = targets_of(SIZES)
+    targets = stand.make_targets(SIZES)
     addresses = [target.data_ptr() for target in targets]
     link = stand.transport.open(source.export(), targets, trainer_rank=0)
     link.pull(0, timeout_s=TIMEOUT_S)
@@ -77,7 +83,7 @@ def test_targets_may_be_slices_of_one_buffer_and_nothing_beside_them_is_touched(
     source = stand.make_source((4, 8))
     source.write(0, [1, 2, 3, 4])
     source.write(1, [5, 6, 7, 8, 9, 10, 11, 12])
-    buffer = torch.full((32,), 255, dtype=torch.uint8)
+    (buffer,) = stand.make_targets((32,))
     link = stand.transport.open(source.export(), [buffer[2:6], buffer[16:24]], trainer_rank=0)
     link.pull(0, timeout_s=TIMEOUT_S)
     wanted = [255] * 2 + [1, 2, 3, 4] + [255] * 10 + [5, 6, 7, 8, 9, 10, 11, 12] + [255] * 8
@@ -87,7 +93,7 @@ def test_targets_may_be_slices_of_one_buffer_and_nothing_beside_them_is_touched(
 
 def test_one_link_brings_every_version_of_the_source(stand: Stand) -> None:
     source = stand.make_source((3,))
-    targets = targets_of((3,))
+    targets = stand.make_targets((3,))
     link = stand.transport.open(source.export(), targets, trainer_rank=0)
     for version in range(1, 6):
         source.write(0, [version, version + 1, version + 2])
@@ -101,7 +107,7 @@ def test_a_link_opened_after_a_version_was_published_brings_that_version(stand: 
     source = stand.make_source((3,))
     source.write(0, [1, 2, 3])
     source.publish(7)
-    targets = targets_of((3,))
+    targets = stand.make_targets((3,))
     link = stand.transport.open(source.export(), targets, trainer_rank=0)
     link.pull(7, timeout_s=TIMEOUT_S)
     assert targets[0].tolist() == [1, 2, 3]
@@ -111,7 +117,7 @@ def test_a_link_opened_after_a_version_was_published_brings_that_version(stand: 
 def test_two_readers_of_one_source_do_not_disturb_each_other(stand: Stand) -> None:
     source = stand.make_source((2,))
     source.write(0, [7, 8])
-    first, second = targets_of((2,)), targets_of((2,))
+    first, second = stand.make_targets((2,)), stand.make_targets((2,))
     links = [stand.transport.open(source.export(), targets, trainer_rank=0) for targets in (first, second)]
     links[0].pull(0, timeout_s=TIMEOUT_S)
     links[0].close()
@@ -123,7 +129,7 @@ def test_two_readers_of_one_source_do_not_disturb_each_other(stand: Stand) -> No
 
 def test_a_dead_source_is_a_typed_error_that_names_its_rank(stand: Stand) -> None:
     source = stand.make_source((2,))
-    link = stand.transport.open(source.export(), targets_of((2,)), trainer_rank=3)
+    link = stand.transport.open(source.export(), stand.make_targets((2,)), trainer_rank=3)
     link.pull(0, timeout_s=TIMEOUT_S)
     source.kill()
     with pytest.raises(SourceDiedError, match="trainer rank 3"):
@@ -135,12 +141,12 @@ def test_targets_of_other_sizes_than_the_export_are_refused(stand: Stand) -> Non
     source = stand.make_source((4,))
     ticket = source.export()
     with pytest.raises(TransportError):
-        stand.transport.open(ticket, targets_of((3,)), trainer_rank=0).pull(0, timeout_s=TIMEOUT_S)
+        stand.transport.open(ticket, stand.make_targets((3,)), trainer_rank=0).pull(0, timeout_s=TIMEOUT_S)
 
 
 def test_a_closed_link_refuses_to_pull_and_closes_again_quietly(stand: Stand) -> None:
     source = stand.make_source((4,))
-    link = stand.transport.open(source.export(), targets_of((4,)), trainer_rank=0)
+    link = stand.transport.open(source.export(), stand.make_targets((4,)), trainer_rank=0)
     link.close()
     link.close()
     with pytest.raises(TransportError, match="closed"):
@@ -149,7 +155,7 @@ def test_a_closed_link_refuses_to_pull_and_closes_again_quietly(stand: Stand) ->
 
 def test_a_ticket_of_another_kind_is_refused(stand: Stand) -> None:
     with pytest.raises(TransportError, match="not a ticket"):
-        stand.transport.open("ticket", targets_of((1,)), trainer_rank=0)
+        stand.transport.open("ticket", stand.make_targets((1,)), trainer_rank=0)
 
 
 def test_an_unknown_transport_is_refused_with_the_known_ones() -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rdt_core.transports.base import Transport
 
 _FACTORIES = {
+    "cuda_ipc": "rdt_core.transports.cuda_ipc:CudaIpcTransport",
     "memory": "rdt_core.transports.memory:MemoryTransport",
     "nixl": "rdt_core.transports.nixl:NixlTransport",
 }

@@ -1,0 +1,303 @@
+"""CUDA IPC: two processes of one host, on one GPU or on peers; the reader's GPU copies, nobody else acts.
+
+The trainer rank hands out handles of the allocations that hold its live memory, as plain bytes. The engine
+rank maps them once and from then on copies with one kernel launch a version, regions of any stride
+included, without Ray, without the trainer's process and without memory of the trainer's for packing.
+
+A handle knows nothing of ``CUDA_VISIBLE_DEVICES``: it names its device itself, and the reader maps it for
+the device of its targets. What such a mapping cannot tell, whether its owner is still there, the lifeline
+tells before and after every pull.
+"""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+import torch
+
+from rdt_core.errors import (
+    PullTimeoutError,
+    SourceDiedError,
+    TransportError,
+    TransportUnavailableError,
+)
+from rdt_core.transports import cuda_driver
+from rdt_core.transports.cuda_driver import CudaDriverError
+from rdt_core.transports.fused_copy import FusedCopy
+from rdt_core.transports.host_signal import HostSignal
+from rdt_core.transports.lifeline import Anchor, Lifeline, LifelineBrokenError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_TICKET_FORMAT = 1
+_CHECK_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CudaIpcTicket:
+    """What a trainer rank tells one engine rank; crosses as msgpack.
+
+    Args:
+        host: of the trainer rank; handles mean nothing on another.
+        device: UUID of its GPU.
+        anchor: name of the export's end of the lifeline.
+        handles: one an allocation.
+        ranges: (index of the handle, byte offset in its allocation, bytes), one a view, as flat int64.
+    """
+
+    host: str
+    device: str
+    anchor: str
+    handles: tuple[bytes, ...]
+    ranges: bytes
+
+    def as_bytes(self) -> bytes:
+        """For :meth:`parse`."""
+        packed: bytes = msgpack.packb({"cuda_ipc": _TICKET_FORMAT, **asdict(self)})
+        return packed
+
+    @classmethod
+    def parse(cls, raw: object) -> CudaIpcTicket:
+        """The ticket in a message.
+
+        Raises:
+            TransportError: it holds none.
+        """
+        try:
+            fields: dict[str, Any] = {**msgpack.unpackb(raw)}
+            is_known = fields.pop("cuda_ipc") == _TICKET_FORMAT
+            ticket = cls(**{**fields, "handles": tuple(fields["handles"])}) if is_known else None
+            if ticket is not None:
+                ticket.rows()
+        except (TypeError, ValueError, KeyError, AttributeError, msgpack.UnpackException) as error:
+            reason = f"not a ticket of the cuda_ipc transport ({type(error).__name__}: {error})"
+            raise TransportError(f"{reason}. Check that both sides run the same rdt-core version.") from error
+        if ticket is None:
+            raise TransportError(
+                "not a ticket of this cuda_ipc transport. Both sides must run one rdt-core version."
+            )
+        return ticket
+
+    def rows(self) -> list[tuple[int, int, int]]:
+        """The ranges, one tuple a view."""
+        flat = array("q", self.ranges)
+        return list(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
+
+
+class CudaIpcExport:
+    """See :class:`rdt_core.transports.base.Export`. Keeps the storages, so that no allocation is freed."""
+
+    def __init__(self, views: Sequence[torch.Tensor], device: torch.device) -> None:
+        self._views = tuple(views)
+        storages = {view.untyped_storage().data_ptr(): view.untyped_storage() for view in views}
+        self._storages = tuple((storage, address, storage.nbytes()) for address, storage in storages.items())
+        with torch.cuda.device(device):
+            # Whatever was written before a reader came is there; later writes are publish's to wait for.
+            torch.cuda.synchronize()
+            handles, rows = _share(self._views)
+        self._anchor = Anchor()
+        self.ticket: object = CudaIpcTicket(
+            host=host_identity(),
+            device=device_identity(device),
+            anchor=self._anchor.name,
+            handles=tuple(handles),
+            ranges=array("q", [value for row in rows for value in row]).tobytes(),
+        ).as_bytes()
+
+    def refresh(self, version: int) -> None:
+        """Nothing to copy; refuses memory that was freed while it was exported, which readers still map."""
+        for storage, address, nbytes in self._storages:
+            if (storage.data_ptr(), storage.nbytes()) != (address, nbytes):
+                raise TransportError(
+                    f"{nbytes} bytes that engines read by CUDA IPC were freed or resized before version "
+                    f"{version}. Keep parameters where they were at attach, or attach again."
+                )
+
+    def close(self) -> None:
+        """Break the reader's lifeline and let the memory go."""
+        self._anchor.close()
+        self._views = self._storages = ()
+
+
+class CudaIpcLink:
+    """See :class:`rdt_core.transports.base.Link`."""
+
+    def __init__(
+        self, ticket: CudaIpcTicket, targets: Sequence[torch.Tensor], device: torch.device, trainer_rank: int
+    ) -> None:
+        self._targets, self._device, self._trainer_rank = tuple(targets), device, trainer_rank
+        self._mapped: list[int] = []
+        self._copy: FusedCopy | None = None
+        try:
+            self._lifeline = Lifeline(ticket.anchor)
+        except LifelineBrokenError as error:
+            raise SourceDiedError(trainer_rank, f"its export does not answer: {error}") from error
+        try:
+            with torch.cuda.device(device):
+                self._map(ticket)
+                self._signal = HostSignal()
+                self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
+                torch.cuda.synchronize()
+        except (CudaDriverError, OSError) as error:
+            self.close()
+            raise TransportError(
+                f"the memory of trainer rank {trainer_rank} cannot be mapped: {error}. Its GPU is "
+                f"{ticket.device}, this one {device_identity(device)}; without peer access between them "
+                "(nvidia-smi topo -p2p r), or across MIG instances, use transport='nixl'."
+            ) from error
+
+    def _map(self, ticket: CudaIpcTicket) -> None:
+        for handle in ticket.handles:
+            self._mapped.append(cuda_driver.map_allocation(handle))
+        ranges = [
+            (self._mapped[index] + offset, target.data_ptr(), nbytes)
+            for (index, offset, nbytes), target in zip(ticket.rows(), self._targets, strict=True)
+            if nbytes
+        ]
+        self._copy = FusedCopy(ranges, self._device)
+
+    def pull(self, version: int, *, timeout_s: float) -> None:
+        """Copy the export into the targets; sleeps in one C call until the GPU has done it."""
+        del version
+        if self._copy is None:
+            raise TransportError("this link has been closed. Open the ticket again.")
+        self._check_source()
+        try:
+            with torch.cuda.device(self._device):
+                self._copy.launch(self._stream)
+                cuda_driver.call_host(self._stream, self._signal.post_address, self._signal.argument)
+                self._await_copy(timeout_s)
+        except CudaDriverError as error:
+            raise TransportError(f"reading trainer rank {self._trainer_rank} failed: {error}.") from error
+        self._check_source()
+
+    def _await_copy(self, timeout_s: float) -> None:
+        left_s = timeout_s
+        while not self._signal.wait(min(left_s, _CHECK_EVERY_S)):
+            left_s -= _CHECK_EVERY_S
+            if left_s <= 0:
+                # The kernel may still write into the targets, and its signal still come: give up both.
+                _abandoned.append((self._signal, self._copy, self._targets))
+                self._copy = None
+                raise PullTimeoutError(self._trainer_rank, timeout_s)
+            try:
+                self._stream.query()
+            except RuntimeError as error:  # torch's own class for it differs between versions
+                raise TransportError(
+                    f"reading trainer rank {self._trainer_rank} failed on the GPU: {error}. The device's "
+                    "context is lost; restart this engine."
+                ) from error
+
+    def _check_source(self) -> None:
+        try:
+            self._lifeline.check()
+        except LifelineBrokenError as error:
+            raise SourceDiedError(self._trainer_rank, str(error)) from error
+
+    def close(self) -> None:
+        """Unmap the source's memory."""
+        self._lifeline.close()
+        self._copy = None
+        mapped, self._mapped = self._mapped, []
+        with torch.cuda.device(self._device):
+            for address in mapped:
+                try:
+                    cuda_driver.unmap_allocation(address)
+                except CudaDriverError:
+                    continue  # a lost context unmaps all by itself
+
+
+_abandoned: list[object] = []
+"""Signals, tables and targets of copies that ran over their deadline: still in use by the device."""
+
+
+class CudaIpcTransport:
+    """See :class:`rdt_core.transports.base.Transport`.
+
+    Raises:
+        TransportUnavailableError: this process has no NVIDIA GPU.
+    """
+
+    name = "cuda_ipc"
+
+    def __init__(self) -> None:
+        if torch.version.cuda is None or not torch.cuda.is_available():
+            raise TransportUnavailableError(
+                "cuda_ipc", "this process sees no NVIDIA GPU", "Use transport='nixl'."
+            )
+
+    def export(self, views: Sequence[torch.Tensor]) -> CudaIpcExport:
+        """Share the views' allocations with readers of this host.
+
+        Raises:
+            TransportError: the views are not on one GPU, or of a kind of memory that cannot be shared.
+        """
+        return CudaIpcExport(views, _device_of(views))
+
+    def open(self, ticket: object, targets: Sequence[torch.Tensor], *, trainer_rank: int) -> CudaIpcLink:
+        """Map the export for the targets' device."""
+        parsed = CudaIpcTicket.parse(ticket)
+        if parsed.host != host_identity():
+            raise TransportError(
+                f"trainer rank {trainer_rank} is on another host. CUDA IPC reaches processes of one host "
+                "only; use transport='nixl'."
+            )
+        sizes, offered = [target.numel() for target in targets], [row[2] for row in parsed.rows()]
+        if sizes != offered:
+            raise TransportError(
+                f"targets of {len(sizes)} ranges, {sum(sizes)} bytes, cannot take an export of "
+                f"{len(offered)} ranges, {sum(offered)} bytes. Both sides must replay the same plan."
+            )
+        return CudaIpcLink(parsed, targets, _device_of(targets), trainer_rank)
+
+
+def _device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        raise TransportError(
+            f"memory on {sorted(map(str, devices))} cannot be read by CUDA IPC, which needs all of a rank's "
+            "memory on one GPU. Use transport='nixl'."
+        )
+    return devices.pop()
+
+
+def _share(views: Sequence[torch.Tensor]) -> tuple[list[bytes], list[tuple[int, int, int]]]:
+    """Handles of all allocations behind the views, and where in them each view lies."""
+    handles: dict[int, bytes] = {}
+    order: dict[int, int] = {}
+    rows = []
+    for view in views:
+        if not view.numel():
+            rows.append((0, 0, 0))
+            continue
+        address = view.data_ptr()
+        try:
+            base, _ = cuda_driver.find_allocation(address)
+            if base not in handles:
+                handles[base] = cuda_driver.export_allocation(base)
+        except CudaDriverError as error:
+            raise TransportError(
+                f"memory of this trainer rank cannot be shared by CUDA IPC: {error}. Expandable segments "
+                "cannot: take expandable_segments:True out of PYTORCH_CUDA_ALLOC_CONF (PYTORCH_ALLOC_CONF), "
+                "or use transport='nixl'."
+            ) from error
+        index = order.setdefault(base, len(order))
+        rows.append((index, address - base, view.numel()))
+    return list(handles.values()), rows
+
+
+@functools.cache
+def host_identity() -> str:
+    """Tells hosts apart; alike in all containers of one."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def device_identity(device: torch.device) -> str:
+    """The device's UUID, which does not depend on ``CUDA_VISIBLE_DEVICES``."""
+    return str(torch.cuda.get_device_properties(device).uuid)

@@ -1,0 +1,174 @@
+"""What CUDA IPC promises beyond the contract, and what of it can be told without a GPU."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgpack
+import pytest
+import torch
+
+from rdt_core.errors import SourceDiedError, TransportError, TransportUnavailableError
+from rdt_core.transports import make_transport
+from rdt_core.transports.cuda_ipc import CudaIpcTicket
+from rdt_core.transports.fused_copy import CHUNK_BYTES, FusedCopy, cut_chunks
+from tests.contract.sources import ActorSource
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+TIMEOUT_S = 30.0
+TICKET = CudaIpcTicket(host="h", device="GPU-1", anchor="a", handles=(b"x" * 64,), ranges=bytes(24))
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here")
+
+
+def test_a_ticket_survives_the_wire() -> None:
+    assert CudaIpcTicket.parse(TICKET.as_bytes()) == TICKET
+    assert TICKET.rows() == [(0, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\xc1",
+        7,
+        None,
+        msgpack.packb({"cuda_ipc": 2}),
+        msgpack.packb({"cuda_ipc": 1, "host": "h"}),
+        msgpack.packb(
+            {"cuda_ipc": 1, "host": "h", "device": "", "anchor": "", "handles": [], "ranges": b"123"}
+        ),
+        msgpack.packb([1, 2]),
+    ],
+)
+def test_what_is_no_ticket_is_a_typed_error(raw: object) -> None:
+    with pytest.raises(TransportError, match="not a ticket"):
+        CudaIpcTicket.parse(raw)
+
+
+def test_chunks_are_the_ranges_cut_and_nothing_else() -> None:
+    ranges = [(100, 5000, 3), (10_000_000, 50_000_000, 2 * CHUNK_BYTES + 1), (7, 9, 0)]
+    chunks = cut_chunks(ranges)
+    assert max(nbytes for _, _, nbytes in chunks) == CHUNK_BYTES
+    assert chunks[0] == (100, 5000, 3)
+    assert sum(nbytes for _, _, nbytes in chunks) == 2 * CHUNK_BYTES + 4
+    assert all(target - source in (4900, 40_000_000) for source, target, _ in chunks)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU here")
+def test_without_a_gpu_the_transport_says_so_and_names_another() -> None:
+    with pytest.raises(TransportUnavailableError, match="nixl"):
+        make_transport("cuda_ipc")
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_one_launch_copies_ranges_of_any_alignment_and_nothing_beside_them() -> None:
+    rng = random.Random(0)  # noqa: S311  a case must come out alike every time
+    source = torch.randint(0, 256, (1 << 22,), dtype=torch.uint8, device="cuda")
+    target = torch.full((1 << 22,), 255, dtype=torch.uint8, device="cuda")
+    wanted = target.clone()
+    ranges = []
+    at = 0
+    while at < (1 << 22) - 300_000:
+        start, nbytes = rng.randrange(1 << 21), rng.choice([0, 1, 3, 15, 16, 17, 100, 4096, 70_001, 200_000])
+        ranges.append((source.data_ptr() + start, target.data_ptr() + at, nbytes))
+        wanted[at : at + nbytes] = source[start : start + nbytes]
+        at += nbytes + rng.randrange(40)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
+    FusedCopy(ranges, target.device).launch(stream)
+    stream.synchronize()
+    assert torch.equal(target, wanted)
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.usefixtures("ray_cluster")
+class TestBetweenProcesses:
+    """With a source in another process."""
+
+    def make(self, sizes: Sequence[int]) -> tuple[ActorSource, list[torch.Tensor]]:
+        return ActorSource("cuda_ipc", sizes), [
+            torch.full((size,), 255, dtype=torch.uint8, device="cuda") for size in sizes
+        ]
+
+    def test_a_killed_source_leaves_this_process_its_gpu(self) -> None:
+        source, targets = self.make((1 << 20, 3))
+        source.write(1, [1, 2, 3])
+        link = make_transport("cuda_ipc").open(source.export(), targets, trainer_rank=2)
+        link.pull(1, timeout_s=TIMEOUT_S)
+        source.kill()
+        with pytest.raises(SourceDiedError, match="trainer rank 2"):
+            link.pull(2, timeout_s=TIMEOUT_S)
+        link.close()
+        torch.cuda.synchronize()
+        assert targets[1].tolist() == [1, 2, 3]
+
+    def test_a_closed_export_is_never_read_again(self) -> None:
+        source, targets = self.make((64,))
+        link = make_transport("cuda_ipc").open(source.export(), targets, trainer_rank=1)
+        source.close()
+        with pytest.raises(SourceDiedError, match="export was closed"):
+            link.pull(1, timeout_s=TIMEOUT_S)
+        link.close()
+        source.kill()
+
+    def test_memory_freed_while_exported_is_refused_before_it_is_published(self) -> None:
+        source, targets = self.make((1 << 20,))
+        link = make_transport("cuda_ipc").open(source.export(), targets, trainer_rank=0)
+        source.free(0)
+        with pytest.raises(Exception, match="freed or resized"):
+            source.publish(2)
+        link.close()
+        source.kill()
+
+    def test_a_thousand_links_leave_no_descriptor_and_no_memory_behind(self) -> None:
+        source, targets = self.make((1 << 21, 5))
+        transport = make_transport("cuda_ipc")
+        transport.open(source.export(), targets, trainer_rank=0).close()
+        fds, free = len(list(Path("/proc/self/fd").iterdir())), torch.cuda.mem_get_info()[0]
+        for _ in range(1000):
+            link = transport.open(source.export(), targets, trainer_rank=0)
+            link.pull(0, timeout_s=TIMEOUT_S)
+            link.close()
+            source.close()
+        assert len(list(Path("/proc/self/fd").iterdir())) - fds < 10
+        assert free - torch.cuda.mem_get_info()[0] < 64 * 2**20
+        source.kill()
+
+
+EXPANDABLE = """
+import torch
+from rdt_core.errors import TransportError
+from rdt_core.transports import make_transport
+try:
+    make_transport("cuda_ipc").export([torch.zeros(1 << 22, dtype=torch.uint8, device="cuda")])
+except TransportError as error:
+    print(type(error).__name__, error)
+else:
+    print("shared")
+"""
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_expandable_segments_are_refused_by_name() -> None:
+    settings = dict.fromkeys(("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), "expandable_segments:True")
+    done = subprocess.run(
+        [sys.executable, "-c", EXPANDABLE],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "TransportError" in done.stdout
+    assert "expandable_segments" in done.stdout
