@@ -34,6 +34,7 @@ from rdt_core.errors import (
     WindowMovedError,
 )
 from tests.integration.toy_trainer import HIDDEN, SHAPES, kill_process, start_trainers, values_of
+from tests.published import wait_known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -190,6 +191,7 @@ def test_a_trainer_rank_killed_before_the_read_leaves_the_old_version_serving(
         trainers.write_and_publish(1)
         sync.update(version=1)
         trainers.write_and_publish(2)
+        wait_known(sync, 2)
         kill_process(trainers.pids[1])
         with pytest.raises(UpdateFailedError, match="trainer rank 1"):
             sync.update(version=2)
@@ -201,6 +203,7 @@ def test_a_failed_sync_costs_the_next_group_nothing(
 ) -> None:
     sync = WeightSync.connect(mortal_trainers.group, engines=[engine])
     mortal_trainers.write_and_publish(1)
+    wait_known(sync, 1)
     kill_process(mortal_trainers.pids[0])
     with pytest.raises(UpdateFailedError):
         sync.update(version=1)

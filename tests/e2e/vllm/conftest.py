@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from tests.local_ray import local_ray
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -149,23 +151,8 @@ def _end(process: subprocess.Popen[Any]) -> None:
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """A local Ray cluster of this test process; yields its GCS address."""
-    import ray
-
-    # Ray keeps sockets below its temp dir, whose paths must stay short.
-    with tempfile.TemporaryDirectory(prefix="rdt", dir="/tmp") as temp_dir:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=100 * 2**20,
-            namespace="rdt",
-            _temp_dir=temp_dir,
-        )
-        try:
-            yield ray.get_runtime_context().gcs_address
-        finally:
-            ray.shutdown()
+    with local_ray() as address:
+        yield address
 
 
 class Trainer:

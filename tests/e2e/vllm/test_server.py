@@ -16,6 +16,7 @@ from rdt_core import WeightSync
 from rdt_core.errors import NotPublishedError, RdtError, UpdateFailedError
 from tests.e2e.vllm.conftest import API_KEY, Server, Trainer, serve, start_trainer
 from tests.e2e.vllm.probe import NUM_TOKENS, PROMPTS
+from tests.published import wait_known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -165,6 +166,7 @@ def test_a_trainer_that_dies_fails_the_update_by_name_and_another_one_can_take_o
         trainer.publish(checkpoint(FAMILY, 1), version)
         sync.update(version=version)
         trainer.publish(checkpoint(FAMILY, 2), version + 1)
+        wait_known(sync, version + 1)
         trainer.process.send_signal(signal.SIGKILL)
         trainer.process.wait(10)
         with pytest.raises(UpdateFailedError, match=f"version {version + 1} failed in prepare"):

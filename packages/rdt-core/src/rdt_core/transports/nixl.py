@@ -20,6 +20,7 @@ from rdt_core.errors import (
     TransportError,
     TransportUnavailableError,
 )
+from rdt_core.transports.huge_pages import back_with_huge_pages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,6 +109,8 @@ class NixlExport:
         from ray.experimental import register_nixl_memory  # noqa: PLC0415
 
         self._views = list(views)
+        # Before the registration, which pins pages where there is an RDMA device.
+        back_with_huge_pages(self._views)
         for view in self._views:
             register_nixl_memory(view)
         # A bare ref in a call would be resolved to its value on the way; inside a list it stays a ref.
