@@ -33,6 +33,7 @@ from rdt_core.errors import (
     UpdateFailedError,
     WindowMovedError,
 )
+from tests.contract.world import expected_fingerprint
 from tests.integration.toy_trainer import HIDDEN, SHAPES, kill_process, start_trainers, values_of
 from tests.published import wait_known
 
@@ -50,27 +51,6 @@ def get(refs: Any) -> Any:
 
 def fingerprint(url: str) -> dict[str, str]:
     return dict(httpx.get(f"{url}/fingerprint", timeout=TIMEOUT_S).json())
-
-
-def expected_fingerprint(
-    version: int, dtype: torch.dtype = torch.float32, vocab: int = 100
-) -> dict[str, str]:
-    """What the toy engine holds after a version has landed, made without any of our code on the way."""
-    tensors = {
-        name: values_of(name, shape, version, torch.float32).to(dtype) for name, shape in SHAPES.items()
-    }
-    embed = torch.zeros(128, HIDDEN, dtype=dtype)
-    embed[:vocab] = tensors["embed.weight"]
-    parameters = {
-        "embed": embed,
-        "qkv": torch.cat([tensors[f"{n}.weight"] for n in "qkv"]),
-        "norm": tensors["norm.weight"],
-        "head": embed,
-    }
-    return {
-        name: hashlib.sha256(t.view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-        for name, t in parameters.items()
-    }
 
 
 @dataclass
@@ -132,6 +112,35 @@ def test_every_version_lands_whole_and_the_report_counts_its_bytes(trainers: Tra
             verified = sync.verify()
             assert verified.bytes_equal
             assert verified.nbytes == report.nbytes
+
+
+def test_in_place_versions_land_in_the_parameters_themselves(trainers: Trainers, engine: str) -> None:
+    with WeightSync.connect(trainers.group, engines=[engine], mode="inplace") as sync:
+        (rank,) = sync.engines[engine]
+        assert (rank["mode"], rank["landing_nbytes"]) == ("inplace", 0)
+        for version, mode in ((1, None), (2, "staged"), (3, "inplace")):
+            trainers.write_and_publish(version)
+            report = sync.update(version=version, mode=mode)
+            assert fingerprint(engine) == expected_fingerprint(version)
+            assert report.ranks[0].mode == mode or "inplace"
+            assert (report.ranks[0].prepare_s > 0) == (mode == "staged")
+
+
+def test_an_engine_whose_trainer_dies_before_an_in_place_read_refuses_to_answer_until_it_is_repaired(
+    mortal_trainers: Trainers, trainers: Trainers, engine: str
+) -> None:
+    with WeightSync.connect(mortal_trainers.group, engines=[engine], mode="inplace") as sync:
+        mortal_trainers.write_and_publish(1)
+        kill_process(mortal_trainers.pids[1])
+        with pytest.raises(UpdateFailedError, match=r"in commit .* trainer rank 1"):
+            sync.update(version=1)
+    refusal = httpx.get(f"{engine}/fingerprint", timeout=TIMEOUT_S)
+    assert refusal.status_code == 503
+    assert refusal.json()["error"]["type"] == "EngineTornError"
+    with WeightSync.connect(trainers.group, engines=[engine]) as sync:
+        trainers.write_and_publish(1)
+        sync.update(version=1)
+        assert fingerprint(engine) == expected_fingerprint(1)
 
 
 def test_verify_names_the_tensor_whose_bytes_differ(trainers: Trainers, engine: str) -> None:

@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 from torch import nn
 
 from rdt_core import engine_rpc
 from rdt_core.engine_routes import make_router
+from rdt_core.error_wire import to_wire
+from rdt_core.errors import EngineTornError
 from rdt_core.recorder import record_loader
 from rdt_core.subscriber import WeightSubscriber
 
@@ -90,11 +93,11 @@ class ToyBackend:
 
     def __init__(self, model: ToyModel, channel: Channel | None = None) -> None:
         self.model = model
-        self._subscriber = WeightSubscriber(ToyEngineModel(model), channel=channel)
+        self.subscriber = WeightSubscriber(ToyEngineModel(model), channel=channel)
         self._model_thread = ThreadPoolExecutor(max_workers=1)
 
     async def call(self, method: str, payload: dict[str, Any]) -> list[dict[str, Any]]:
-        return [await self.in_model_thread(engine_rpc.call, self._subscriber, method, payload)]
+        return [await self.in_model_thread(engine_rpc.call, self.subscriber, method, payload)]
 
     async def commit(self, payload: dict[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
@@ -126,8 +129,11 @@ def make_app(
     backend = ToyBackend(ToyModel(vocab, dtype), channel)
 
     @app.get("/fingerprint")
-    async def get_fingerprint() -> dict[str, str]:
-        return dict(await backend.in_model_thread(fingerprint, backend.model))
+    async def get_fingerprint() -> JSONResponse:
+        if backend.subscriber.is_torn:
+            error = EngineTornError(backend.engine, backend.subscriber.version)
+            return JSONResponse({"error": to_wire(error)}, status_code=503)
+        return JSONResponse(await backend.in_model_thread(fingerprint, backend.model))
 
     if has_weight_sync:
 

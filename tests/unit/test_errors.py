@@ -49,6 +49,7 @@ EXAMPLES: dict[str, tuple[object, ...]] = {
     "StaleVersionError": (3, 7, "published"),
     "NotPublishedError": (3, (0, 2), 12.5),
     "NotPreparedError": (3, None),
+    "AbortedError": (3,),
     "SupersededError": (3, 4),
     "TransportError": ("bytes did not arrive",),
     "TransportUnavailableError": ("nixl", "no agent", "Install nixl."),
@@ -56,6 +57,7 @@ EXAMPLES: dict[str, tuple[object, ...]] = {
     "PullTimeoutError": (2, 60.0),
     "EngineError": ("an engine failed",),
     "EngineUnreachableError": ("http://10.0.0.2:8000", "connection refused"),
+    "EngineTornError": ("http://a:1", 3),
     "EngineRefusedError": ("http://10.0.0.2:8000", 401, "Unauthorized"),
     "UpdateFailedError": (3, "prepare", "http://10.0.0.2:8000", 1, "a read timed out"),
     "WindowMovedError": ("model.norm.weight", 3),
@@ -65,7 +67,7 @@ EXAMPLES: dict[str, tuple[object, ...]] = {
 
 def subclasses(base: type[RdtError]) -> list[type[RdtError]]:
     """The class and all below it that errors.py defines; other modules may add their own."""
-    below = [sub for sub in base.__subclasses__() if sub.__module__ == errors.__name__]
+    below = [sub for sub in base.__subclasses__() if sub.__module__.startswith("rdt_core.error_")]
     return [base, *itertools.chain.from_iterable(map(subclasses, below))]
 
 

@@ -190,11 +190,17 @@ def test_a_commit_that_some_workers_missed_holds_generation_until_one_succeeds_o
     assert flagged.post("/rdt/commit", json={"version": 7}, headers=BEARER).status_code == 409
     assert client.paused
     assert client.weight_version == "default"
+    assert client.calls[-1] == "pause:abort:False"
+    refused = flagged.post("/v1/completions", json={"prompt": "x"}, headers=BEARER)
+    assert refused.status_code == 503
+    assert refused.json()["error"]["type"] == "EngineTornError"
+    assert flagged.get("/rdt/status", headers=BEARER).is_success
 
     client.answers["commit"] = [done, done]
     assert flagged.post("/rdt/commit", json={"version": 8}, headers=BEARER).is_success
     assert not client.paused
     assert client.weight_version == "8"
+    assert flagged.post("/v1/completions", json={"prompt": "x"}, headers=BEARER).status_code != 503
 
 
 def test_a_cache_that_cannot_be_dropped_fails_the_commit_before_any_worker_begins(

@@ -57,7 +57,7 @@ def parse_connect(payload: Mapping[str, Any]) -> ConnectRequest:
     unknown = set(payload) - set(known)
     if unknown:
         raise WireFormatError("connect request", f"unknown fields {sorted(unknown)}")
-    for name in ("group", "engine", "ray_address", "ray_auth_mode", "transport"):
+    for name in ("group", "engine", "ray_address", "ray_auth_mode", "transport", "mode"):
         if name in payload and not isinstance(payload[name], str):
             raise WireFormatError("connect request", f"{name} must be a string")
     for name in ("group", "engine"):
@@ -104,7 +104,7 @@ def _prepare(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[s
 
 
 def _commit(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:
-    return subscriber.commit(parse_version(payload))
+    return subscriber.commit(parse_version(payload), timeout_s=parse_timeout(payload))
 
 
 def _abort(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:

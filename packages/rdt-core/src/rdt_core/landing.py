@@ -11,6 +11,7 @@ from rdt_core.describe import typed_view
 from rdt_core.dtypes import itemsize_bytes
 from rdt_core.layout import row_major_strides
 from rdt_core.manifest import Manifest, Shard, Window
+from rdt_core.plan import DirectRead
 from rdt_core.region import Region
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Landing:
         reload_buffers: whole checkpoint tensors for the engine's own loader, by name.
         to_reload: (target, source) views, from the buffer into the reload buffers.
         to_parameters: (target, source) views, from the buffer into live parameters.
+        windows: by name, flat uint8 views that direct reads land in.
         fills: (target, value), constants that the engine's loader writes beside what it copies.
     """
 
@@ -40,6 +42,7 @@ class Landing:
     reload_buffers: Mapping[str, torch.Tensor]
     to_reload: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     to_parameters: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    windows: Mapping[str, torch.Tensor]
     fills: tuple[tuple[torch.Tensor, float], ...] = ()
 
     @property
@@ -47,16 +50,22 @@ class Landing:
         """Memory held by the landing."""
         return self.buffer.numel() + sum(t.numel() * t.element_size() for t in self.reload_buffers.values())
 
-    def targets(self, reads: Sequence[Read]) -> list[torch.Tensor]:
-        """Where a trainer rank's reads land, as flat uint8 views of the buffer."""
-        return [self.buffer[r.landing_offset_bytes : r.landing_offset_bytes + r.nbytes] for r in reads]
+    def targets(self, reads: Sequence[Read | DirectRead]) -> list[torch.Tensor]:
+        """Where a trainer rank's reads land, as flat uint8 views of the buffer or of an engine window."""
+        return [self._target(read) for read in reads]
+
+    def _target(self, read: Read | DirectRead) -> torch.Tensor:
+        if isinstance(read, DirectRead):
+            window = self.windows[read.target_window]
+            return window[read.target_offset_bytes : read.target_offset_bytes + read.nbytes]
+        return self.buffer[read.landing_offset_bytes : read.landing_offset_bytes + read.nbytes]
 
     def fill_reload_buffers(self) -> None:
         """Assemble the tensors for the engine's loader. Touches no parameter."""
         _copy_all(self.to_reload)
 
     def fill_parameters(self) -> None:
-        """Copy every region into its parameter. The only place that writes an engine's weights by reads."""
+        """Copy every region that landed beside its parameter into it, and set what the loader fills."""
         _copy_all(self.to_parameters)
         with torch.no_grad():
             for target, value in self.fills:
@@ -117,7 +126,7 @@ def make_landing(
         (typed_view(windows[f.window], f.dtype, f.shape, f.offset_bytes, f.stride_bytes), f.value)
         for f in recording.fills
     )
-    return Landing(buffer, reload_buffers, tuple(to_reload), tuple(to_parameters), fills)
+    return Landing(buffer, reload_buffers, tuple(to_reload), tuple(to_parameters), windows, fills)
 
 
 def _reload_shard(spec: TensorSpec) -> Shard:

@@ -28,6 +28,18 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DirectRead:
+    """One one-sided copy: a contiguous byte range of a trainer's window into an engine's window itself."""
+
+    trainer_rank: int
+    window: str
+    offset_bytes: int
+    nbytes: int
+    target_window: str
+    target_offset_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
     """One region's way from the landing buffer to an engine window; strides follow the tensor's dims."""
 
@@ -49,11 +61,12 @@ class Plan:
     Args:
         engine_rank: whose plan this is.
         reads: by trainer rank; within one rank by window and offset.
-        copies: cover every shard of the engine's manifest exactly once.
+        copies: cover every shard of the engine's manifest exactly once, together with ``direct``.
         landing_nbytes: size of the landing buffer.
         payload_nbytes: bytes that are needed; ``read_nbytes - payload_nbytes`` is read in vain because a
             strided source is read as one span.
         num_tensors: distinct tensors that are read.
+        direct: by trainer rank, reads that need no copy (in-place mode only, see ``rdt_core.direct``).
     """
 
     engine_rank: int
@@ -62,13 +75,23 @@ class Plan:
     landing_nbytes: int = 0
     payload_nbytes: int = 0
     num_tensors: int = 0
+    direct: Mapping[int, tuple[DirectRead, ...]] = field(default_factory=dict)
+
+    @property
+    def trainer_ranks(self) -> tuple[int, ...]:
+        """Whom this engine rank reads from, ascending."""
+        return tuple(sorted({*self.reads, *self.direct}))
 
     @property
     def read_nbytes(self) -> int:
         """Bytes that cross the link at every version."""
-        return sum(read.nbytes for reads in self.reads.values() for read in reads)
+        return sum(read.nbytes for rank in self.trainer_ranks for read in self.reads_from(rank))
 
     @property
     def num_reads(self) -> int:
         """Descriptors a version."""
-        return sum(len(reads) for reads in self.reads.values())
+        return sum(len(self.reads_from(rank)) for rank in self.trainer_ranks)
+
+    def reads_from(self, rank: int) -> tuple[Read | DirectRead, ...]:
+        """All reads from one trainer rank, in the order of its export: into landing memory, then direct."""
+        return (*self.reads.get(rank, ()), *self.direct.get(rank, ()))

@@ -34,12 +34,13 @@ class RankReport:
     Args:
         engine: the engine's identity, its URL by default.
         rank: of the worker in its engine.
+        mode: ``"staged"`` or ``"inplace"``.
         nbytes: payload that landed in this rank.
         read_nbytes: bytes that crossed the link; more than ``nbytes`` where strided sources were read as
             spans.
         num_reads: one-sided copies.
-        prepare_s: reading, while generation goes on.
-        commit_s: local copies and recomputed derived tensors, while generation stands.
+        prepare_s: reading, while generation goes on; 0 in place.
+        commit_s: local copies (in place: reads) and recomputed derived tensors, while generation stands.
         transports: name of the transport by trainer rank.
         prepare_started_unix_s: by the engine's clock; 0 when the engine does not say.
         commit_started_unix_s: by the engine's clock; 0 when the engine does not say.
@@ -48,6 +49,7 @@ class RankReport:
 
     engine: str
     rank: int
+    mode: str
     nbytes: int
     read_nbytes: int
     num_reads: int

@@ -24,6 +24,7 @@ from rdt_core.errors import (
     UpdateFailedError,
 )
 from rdt_core.history import CoordinatorHistory
+from rdt_core.mode import AUTO, INPLACE, STAGED
 from rdt_core.report import LinkReport, RankReport, SyncFailure, SyncReport, VerifyReport
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 _TRAINERS_TIMEOUT_S = 5.0
 _MAX_ENGINES_AT_ONCE = 64
+
+_MARGIN_S = 5.0
+"""What an engine gets on top of its own deadline, so that it is the engine's error that reaches the user."""
 
 
 class WeightSync:
@@ -59,7 +63,9 @@ class WeightSync:
         self._observers = (CoordinatorHistory(client), *observers)
         self._engines = tuple(engines)
         self._pool = ThreadPoolExecutor(max_workers=min(len(engines), _MAX_ENGINES_AT_ONCE))
+        self._asked: dict[str, Any] = {}
         self._members: dict[str, list[dict[str, Any]]] = {}
+        self._held: dict[str, int] = {}
         self._version = 0
         self._is_closed = False
 
@@ -71,6 +77,7 @@ class WeightSync:
         *,
         api_key: str | None = None,
         transport: str = "nixl",
+        mode: str = AUTO,
         timeout_s: float = 120.0,
         observers: Sequence[SyncObserver] = (),
         channel: Channel | None = None,
@@ -85,6 +92,9 @@ class WeightSync:
             engines: URLs of the engine servers, ``"http://127.0.0.1:8000"``.
             api_key: of the engine servers, if they have one.
             transport: name of the transport for every link.
+            mode: ``"staged"`` reads beside the parameters while generation goes on; ``"inplace"`` needs no
+                memory for that, and holds generation while it reads into them; ``"auto"`` takes the first
+                in every engine rank with room for it.
             timeout_s: for each engine's connect, in seconds.
             observers: are told about every sync; metrics for instance.
             channel: how to reach the coordinator; by default the group's named Ray actor.
@@ -108,7 +118,7 @@ class WeightSync:
         reached = [EngineHttp(url, api_key=api_key) for url in engines]
         sync = cls(client, reached, group=group, observers=observers)
         try:
-            sync._connect_all(where, transport, timeout_s)
+            sync._connect_all(where, transport, mode, timeout_s)
         except RdtError:
             sync.close()
             raise
@@ -125,14 +135,24 @@ class WeightSync:
         """What every engine rank answered to connect (tensors, bytes, reads, reload), by URL."""
         return self._members
 
-    def update(self, version: int, *, kv_cache: str = "recompute", timeout_s: float = 120.0) -> SyncReport:
+    def update(
+        self,
+        version: int,
+        *,
+        mode: str | None = None,
+        kv_cache: str = "recompute",
+        timeout_s: float = 120.0,
+    ) -> SyncReport:
         """Bring every engine to ``version``; generation stands only while a rank copies locally.
 
         Waits until every trainer rank has published, has all engine ranks read, and commits when all have
-        read everything. The trainer must not write its parameters before this returns.
+        read everything. The trainer must not write its parameters before this returns. Engines that an
+        earlier, failed call left at ``version`` are not asked again.
 
         Args:
             version: as given to ``publisher.publish``; greater than the last one.
+            mode: from this update on, ``"staged"`` or ``"inplace"`` for all engines; those connected in the
+                other one are connected again first, which takes seconds. By default each rank's own.
             kv_cache: ``"recompute"`` drops what the old weights left in the KV cache and recomputes running
                 requests; ``"keep"`` leaves it.
             timeout_s: for each phase, in seconds.
@@ -140,7 +160,10 @@ class WeightSync:
         Raises:
             InvalidVersionError, StaleVersionError: the version is not greater than the last.
             NotPublishedError: a trainer rank has not published it.
-            UpdateFailedError: reading or committing failed on a rank; ``__cause__`` has its typed error.
+            ConfigError: there is no such mode.
+            UpdateFailedError: reading or committing failed on a rank; ``__cause__`` has its typed error. In
+                in-place mode an engine that failed to commit may be torn: it refuses to generate until an
+                update succeeds.
             EngineError: an engine does not answer.
             ClosedError: this object was closed.
         """
@@ -150,10 +173,12 @@ class WeightSync:
             raise InvalidVersionError(version)
         if version <= self._version:
             raise StaleVersionError(version, self._version, "synced")
+        if mode not in (None, STAGED, INPLACE):
+            raise ConfigError(f"mode {mode!r} is neither {STAGED!r} nor {INPLACE!r}. Leave it out.")
         progress = _Progress(version)
         try:
             with tracing.span("rdt.sync", group=self._group, version=version):
-                report = self._run_phases(progress, kv_cache, timeout_s)
+                report = self._run_phases(progress, mode, kv_cache, timeout_s)
         except RdtError as error:
             failure = progress.failure(error)
             observer.tell(self._observers, lambda told: told.on_failed(self._group, failure))
@@ -231,55 +256,77 @@ class WeightSync:
     ) -> None:
         self.close()
 
-    def _run_phases(self, progress: _Progress, kv_cache: str, timeout_s: float) -> SyncReport:
+    def _run_phases(
+        self, progress: _Progress, mode: str | None, kv_cache: str, timeout_s: float
+    ) -> SyncReport:
         version = progress.version
         with progress.enter("publish_wait"):
             self._client.wait_published(version, timeout_s)
         with progress.enter("prepare"):
-            self._prepare_all(version, timeout_s)
+            if mode is not None:
+                self._ensure_mode(mode)
+            behind = [engine for engine in self._engines if self._held.get(engine.url, 0) < version]
+            self._prepare_all(behind, version, timeout_s)
         with progress.enter("commit"):
-            answers = self._commit_all(version, kv_cache, timeout_s)
+            answers = self._commit_all(behind, version, kv_cache, timeout_s)
         return _make_report(progress, answers)
 
-    def _connect_all(self, where: ray_session.RayAddress, transport: str, timeout_s: float) -> None:
-        def connect(engine: EngineHttp) -> None:
-            payload = {
-                "group": self._group,
-                "engine": engine.url,
-                "ray_address": where.address,
-                "ray_auth_mode": where.auth_mode,
-                "transport": transport,
-                "timeout_s": timeout_s,
-            }
-            self._members[engine.url] = engine.call("connect", payload, timeout_s=timeout_s)["ranks"]
+    def _connect_all(
+        self, where: ray_session.RayAddress, transport: str, mode: str, timeout_s: float
+    ) -> None:
+        self._asked = {
+            "group": self._group,
+            "ray_address": where.address,
+            "ray_auth_mode": where.auth_mode,
+            "transport": transport,
+            "mode": mode,
+            "timeout_s": timeout_s,
+        }
+        self._on_all(self._connect_one)
 
-        self._on_all(connect)
+    def _connect_one(self, engine: EngineHttp) -> None:
+        payload = {**self._asked, "engine": engine.url}
+        answer = engine.call("connect", payload, timeout_s=float(self._asked["timeout_s"]))
+        self._members[engine.url] = answer["ranks"]
 
-    def _prepare_all(self, version: int, timeout_s: float) -> None:
+    def _ensure_mode(self, mode: str) -> None:
+        """Connect again every engine with a rank that reads in another mode; generation there stands."""
+        self._asked["mode"] = mode
+
+        def ensure(engine: EngineHttp) -> None:
+            if any(rank["mode"] != mode for rank in self._members[engine.url]):
+                self._connect_one(engine)
+
+        self._on_all(ensure)
+
+    def _prepare_all(self, engines: Sequence[EngineHttp], version: int, timeout_s: float) -> None:
         attempt = f"{version}:{uuid.uuid4().hex}"
         payload = {"version": version, "attempt": attempt, "timeout_s": timeout_s, **_trace_context()}
-        members = [(url, int(rank["rank"])) for url, ranks in self._members.items() for rank in ranks]
+        members = [(e.url, int(rank["rank"])) for e in engines for rank in self._members[e.url]]
         try:
-            self._each("prepare", payload, timeout_s)
-            outcomes = self._client.wait_prepared(attempt, members, timeout_s)
+            self._each("prepare", payload, timeout_s, engines)
+            outcomes = self._client.wait_prepared(attempt, members, timeout_s + _MARGIN_S)
             _raise_first_failure(version, outcomes)
         except RdtError:
             self._abort_all()
             raise
 
-    def _commit_all(self, version: int, kv_cache: str, timeout_s: float) -> dict[str, dict[str, Any]]:
+    def _commit_all(
+        self, engines: Sequence[EngineHttp], version: int, kv_cache: str, timeout_s: float
+    ) -> dict[str, dict[str, Any]]:
         answers: dict[str, dict[str, Any]] = {}
-        payload = {"version": version, "kv_cache": kv_cache, **_trace_context()}
+        payload = {"version": version, "kv_cache": kv_cache, "timeout_s": timeout_s, **_trace_context()}
 
         def commit(engine: EngineHttp) -> None:
             try:
-                answers[engine.url] = engine.call("commit", payload, timeout_s=timeout_s)
+                answers[engine.url] = engine.call("commit", payload, timeout_s=timeout_s + _MARGIN_S)
             except EngineError:
                 raise
             except RdtError as error:
                 raise UpdateFailedError(version, "commit", engine.url, -1, str(error)) from error
+            self._held[engine.url] = version
 
-        self._on_all(commit)
+        self._on_all(commit, engines)
         return answers
 
     def _abort_all(self) -> None:
@@ -289,18 +336,24 @@ class WeightSync:
             except RdtError as error:
                 logger.warning("engine %s did not abort: %s", engine.url, error)
 
-    def _each(self, method: str, payload: dict[str, Any], timeout_s: float) -> dict[str, dict[str, Any]]:
+    def _each(
+        self,
+        method: str,
+        payload: dict[str, Any],
+        timeout_s: float,
+        engines: Sequence[EngineHttp] | None = None,
+    ) -> dict[str, dict[str, Any]]:
         answers: dict[str, dict[str, Any]] = {}
 
         def call(engine: EngineHttp) -> None:
             answers[engine.url] = engine.call(method, payload, timeout_s=timeout_s)
 
-        self._on_all(call)
+        self._on_all(call, engines)
         return answers
 
-    def _on_all(self, act: Callable[[EngineHttp], None]) -> None:
-        """Act on every engine at once; wait for all, then raise the first error."""
-        futures = [self._pool.submit(act, engine) for engine in self._engines]
+    def _on_all(self, act: Callable[[EngineHttp], None], engines: Sequence[EngineHttp] | None = None) -> None:
+        """Act on engines, by default every one, at once; wait for all, then raise the first error."""
+        futures = [self._pool.submit(act, e) for e in (self._engines if engines is None else engines)]
         errors = [future.exception() for future in futures]
         for error in errors:
             if error is not None:
@@ -381,6 +434,7 @@ def _make_rank_report(engine: str, rank: Mapping[str, Any]) -> RankReport:
     return RankReport(
         engine=engine,
         rank=int(rank["rank"]),
+        mode=rank.get("mode", STAGED),
         nbytes=rank["nbytes"],
         read_nbytes=rank["read_nbytes"],
         num_reads=rank["num_reads"],

@@ -128,6 +128,14 @@ async def let_go(client: Any) -> None:
     await client.resume_generation()
 
 
+async def abort_requests(client: Any) -> None:
+    """End every request in flight and keep generation held. Called while it is held.
+
+    Source: v1/engine/async_llm.py, AsyncLLM.pause_generation, 0.32.
+    """
+    await client.pause_generation(mode="abort", clear_cache=False)
+
+
 async def drop_caches(client: Any) -> bool:
     """Drop what was computed with the old weights; held requests are computed again from their tokens.
 

@@ -14,6 +14,7 @@ from vllm.distributed.weight_transfer.base import (
 
 from rdt_core import engine_rpc
 from rdt_core.errors import NotPreparedError
+from rdt_core.mode import STAGED
 from rdt_core.subscriber import WeightSubscriber
 from rdt_vllm.model import VllmModel
 
@@ -85,7 +86,12 @@ class RdtWeightTransferEngine(WeightTransferEngine[RdtInitInfo, RdtUpdateInfo]):
         Raises:
             RdtError: see :meth:`WeightSubscriber.connect`.
         """
-        asked = {**asdict(init_info), "engine": init_info.engine or self.vllm_config.instance_id}
+        # vLLM's own routes resume generation whether or not an update succeeded, so no update may tear.
+        asked = {
+            **asdict(init_info),
+            "mode": STAGED,
+            "engine": init_info.engine or self.vllm_config.instance_id,
+        }
         self._read = None
         self._subscriber.connect(engine_rpc.parse_connect(asked))
 

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from rdt_core import engine_rpc
 from rdt_core.engine_routes import key_guard, make_router
 from rdt_core.error_wire import from_wire, to_wire
-from rdt_core.errors import RdtError, UpdateFailedError, WireFormatError
+from rdt_core.errors import EngineTornError, RdtError, UpdateFailedError, WireFormatError
 from rdt_vllm import compat
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class VllmBackend:
     def __init__(self, client: Any) -> None:
         self._client = client
         self._lock = asyncio.Lock()
-        self._is_held_torn = False
+        self._torn: EngineTornError | None = None
         self.engine = f"vllm {compat.vllm_version()}"
         self.world_size: int = client.vllm_config.parallel_config.world_size_across_dp
 
@@ -49,8 +49,9 @@ class VllmBackend:
         """Flip every worker to ``payload["version"]`` while generation is held, and label what follows.
 
         Requests in flight stay queued and go on with the new weights. If some workers flipped and others
-        did not, the server would answer with a mixture of versions: generation then stays held until a
-        commit succeeds on all of them. Commits of one server take turns.
+        did not, or one holds parts of two versions, the server would answer with a mixture: generation then
+        stays held, requests in flight are aborted and new ones refused (:attr:`torn`) until a commit has
+        succeeded on all workers. Commits of one server take turns.
 
         Returns:
             ``{"ranks": one answer a rank, "stall_s": seconds from the hold to the resumption}``.
@@ -60,15 +61,17 @@ class VllmBackend:
         except WireFormatError as error:
             return {"ranks": [{"ok": False, "error": to_wire(error)}], "stall_s": 0.0}
         async with self._lock:
-            was_paused = await self._client.is_paused() and not self._is_held_torn
+            was_paused = await self._client.is_paused() and self._torn is None
             started = time.perf_counter()
             await compat.hold(self._client)
             ranks: list[dict[str, Any]] = []
             try:
                 ranks = await self._flip(payload)
             finally:
-                self._is_held_torn = not _is_done(ranks) and not await self._is_whole()
-                if not (was_paused or self._is_held_torn):
+                self._torn = None if _is_done(ranks) else await self._find_torn()
+                if self._torn is not None:
+                    await compat.abort_requests(self._client)
+                elif not was_paused:
                     await compat.let_go(self._client)
             return {"ranks": ranks, "stall_s": time.perf_counter() - started}
 
@@ -84,12 +87,19 @@ class VllmBackend:
             await compat.label_outputs(self._client, payload["version"])
         return ranks
 
-    async def _is_whole(self) -> bool:
-        """Whether every worker holds one and the same version."""
+    @property
+    def torn(self) -> EngineTornError | None:
+        """Why this server must not generate; None while its workers hold one and the same version."""
+        return self._torn
+
+    async def _find_torn(self) -> EngineTornError | None:
         answers = await self.call("status", {})
         states = [answer["result"] for answer in answers if answer["ok"]]
-        versions = {state["version"] for state in states if not state["is_torn"]}
-        return len(states) == len(answers) and len(versions) == 1 and not any(s["is_torn"] for s in states)
+        versions = {state["version"] for state in states}
+        is_whole = len(states) == len(answers) and not any(state["is_torn"] for state in states)
+        if is_whole and len(versions) == 1:
+            return None
+        return EngineTornError(self.engine, min(versions, default=0))
 
 
 class WeightSyncMiddleware:
@@ -106,6 +116,7 @@ class WeightSyncMiddleware:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._control: FastAPI | None = None
+        self._backend: VllmBackend | None = None
         self._paths: frozenset[str] = frozenset()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -114,21 +125,29 @@ class WeightSyncMiddleware:
             await self._app(scope, receive, send)
             return
         if self._control is None:
-            self._control = make_control_app(scope["app"].state)
+            self._backend = VllmBackend(scope["app"].state.engine_client)
+            self._control = make_control_app(scope["app"].state, self._backend)
             self._paths = frozenset(str(getattr(route, "path", "")) for route in self._control.routes)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        await (self._control if path in self._paths else self._app)(dict(scope), receive, send)
+        torn = self._backend.torn if self._backend else None
+        if path in self._paths:
+            await self._control(dict(scope), receive, send)
+        elif torn is not None and scope["method"] == "POST":
+            # Everything that generates is a POST. It would wait in the held scheduler for a repair.
+            await JSONResponse({"error": to_wire(torn)}, status_code=503)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
-def make_control_app(server_state: Any) -> FastAPI:
+def make_control_app(server_state: Any, backend: VllmBackend) -> FastAPI:
     """The application behind :class:`WeightSyncMiddleware`.
 
     Args:
         server_state: the server's ``app.state``, with its ``engine_client`` and ``args``.
+        backend: of that engine client.
     """
     control = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     control.state.engine_client = _CheckedClient(server_state.engine_client)
-    backend = VllmBackend(server_state.engine_client)
     keys = compat.api_keys(getattr(server_state, "args", None))
 
     def backend_of(request: Request) -> VllmBackend:

@@ -1,0 +1,237 @@
+"""All that one engine rank keeps from connect to disconnect: its plan, its memory and its links."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rdt_core.describe import node_name
+from rdt_core.direct import aim_directly
+from rdt_core.errors import ShapeError
+from rdt_core.free_memory import measure_free_bytes
+from rdt_core.landing import RELOAD_PREFIX, Landing, engine_manifest, make_landing
+from rdt_core.mode import AUTO, INPLACE, choose_mode
+from rdt_core.planner import build_plan
+from rdt_core.transports import make_transport
+from rdt_core.wire import manifest_from_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from rdt_core.client import CoordinatorClient
+    from rdt_core.engine_model import EngineModel
+    from rdt_core.manifest import Manifest, TensorSpec
+    from rdt_core.plan import Plan
+    from rdt_core.recording import Recording
+    from rdt_core.transports.base import Link
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectRequest:
+    """What a driver tells an engine so that its ranks can join a group.
+
+    Args:
+        group: name of the sync group.
+        engine: the engine's identity among the group's engines; its URL by default.
+        ray_address: ``host:port`` of the cluster's GCS, or ``"auto"``.
+        ray_auth_mode: the driver's ``RAY_AUTH_MODE``; never a token.
+        transport: name of the transport to use.
+        mode: ``"staged"``, ``"inplace"``, or ``"auto"``: staged if its landing memory fits.
+        timeout_s: for each wait of the connect, in seconds.
+    """
+
+    group: str
+    engine: str
+    ray_address: str = ""
+    ray_auth_mode: str = ""
+    transport: str = "nixl"
+    mode: str = AUTO
+    timeout_s: float = 60.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Connection:
+    """One engine rank's connection. Owned by its subscriber; ``lock`` is held by whoever reads or flips."""
+
+    request: ConnectRequest
+    client: CoordinatorClient
+    recording: Recording
+    specs: dict[str, TensorSpec]
+    plan: Plan
+    mode: str
+    landing: Landing
+    links: dict[int, Link]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    read_s: float = 0.0
+    read_started_unix_s: float = 0.0
+    link_times: dict[int, tuple[float, float]] = field(default_factory=dict)
+    is_closed: bool = False
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether versions are read into the parameters themselves, at commit."""
+        return self.mode == INPLACE
+
+    def read(self, version: int, timeout_s: float, check_wanted: Callable[[], None]) -> None:
+        """Bring every byte to its target and assemble the reload buffers. Holding ``lock``.
+
+        Args:
+            version: that the trainers must hold before and after.
+            timeout_s: for all links together, in seconds.
+            check_wanted: raises when the read is not wanted any more; called between links.
+
+        Raises:
+            VersionError: the trainers do not hold this version, or the read was aborted.
+            TransportError: bytes did not arrive.
+        """
+        started, self.read_started_unix_s = time.perf_counter(), time.time()
+        deadline = time.monotonic() + timeout_s
+        for trainer_rank, link in self.links.items():
+            check_wanted()
+            pull_started, pull_started_unix_s = time.perf_counter(), time.time()
+            link.pull(version, timeout_s=max(0.001, deadline - time.monotonic()))
+            self.link_times[trainer_rank] = (pull_started_unix_s, time.perf_counter() - pull_started)
+        self.landing.fill_reload_buffers()
+        self.read_s = time.perf_counter() - started
+        self.client.check_version(version)
+
+    def close(self) -> None:
+        """Close the links, now or when the read that is under way ends. Idempotent; waits for no read."""
+        self.is_closed = True
+        self.close_when_idle()
+
+    def close_when_idle(self) -> None:
+        """Close the links if the connection is closed and nobody reads. Called by whoever ends a read."""
+        if self.is_closed and self.lock.acquire(blocking=False):
+            try:
+                for link in self.links.values():
+                    link.close()
+                self.links.clear()
+            finally:
+                self.lock.release()
+
+    def describe(self, model: EngineModel) -> dict[str, Any]:
+        """Plain values for the driver and for people."""
+        return {
+            "rank": model.rank,
+            "world_size": model.world_size,
+            "mode": self.mode,
+            "num_tensors": self.plan.num_tensors,
+            "nbytes": self.plan.payload_nbytes,
+            "read_nbytes": self.plan.read_nbytes,
+            "num_reads": self.plan.num_reads,
+            "landing_nbytes": self.landing.nbytes,
+            "reload": dict(self.recording.reload),
+            "trainers": dict.fromkeys(self.links, self.request.transport),
+        }
+
+    def describe_links(self) -> list[dict[str, Any]]:
+        """What was read from each trainer rank and when: see :class:`rdt_core.report.LinkReport`."""
+        return [
+            {
+                "trainer_rank": rank,
+                "transport": self.request.transport,
+                "nbytes": sum(read.nbytes for read in self.plan.reads_from(rank)),
+                "num_reads": len(self.plan.reads_from(rank)),
+                "started_unix_s": started_unix_s,
+                "seconds": seconds,
+            }
+            for rank, (started_unix_s, seconds) in self.link_times.items()
+        ]
+
+
+def open_connection(request: ConnectRequest, client: CoordinatorClient, model: EngineModel) -> Connection:
+    """Record the loader, plan the reads, allocate what they need and open a link to each trainer rank.
+
+    Called in the thread that runs the model, while it does not run. Leaves every parameter as it was.
+
+    Raises:
+        RdtError: see :meth:`rdt_core.subscriber.WeightSubscriber.connect`.
+    """
+    manifests = [manifest_from_bytes(raw) for raw in client.manifests(request.timeout_s)]
+    specs = merge_specs(manifests)
+    recording = model.record(list(specs.values()))
+    wanted = engine_manifest(
+        recording,
+        specs,
+        rank=model.rank,
+        world_size=model.world_size,
+        node=node_name(),
+        device=str(model.device),
+    )
+    plan = build_plan(wanted, manifests)
+    mode = choose_mode(
+        request.mode, landing_nbytes=plan.landing_nbytes, free_nbytes=measure_free_bytes(model.device)
+    )
+    if mode == INPLACE:
+        plan = aim_in_place(plan, recording)
+    landing = make_landing(plan, recording, specs, model.device)
+    return Connection(
+        request=request,
+        client=client,
+        recording=recording,
+        specs=specs,
+        plan=plan,
+        mode=mode,
+        landing=landing,
+        links=_open_links(request, client, model.rank, plan, landing),
+    )
+
+
+def aim_in_place(plan: Plan, recording: Recording) -> Plan:
+    """The plan for in-place mode.
+
+    An engine's own loader, which takes the reload tensors, must run before any other byte is in place (see
+    :class:`Recording`). So where there are such tensors only they are read directly, and the rest lands
+    beside the parameters.
+    """
+
+    def may_write(window: str) -> bool:
+        return not recording.reload or window.startswith(RELOAD_PREFIX)
+
+    return aim_directly(plan, may_write=may_write)
+
+
+def _open_links(
+    request: ConnectRequest, client: CoordinatorClient, engine_rank: int, plan: Plan, landing: Landing
+) -> dict[int, Link]:
+    transport = make_transport(request.transport)
+    asked = {
+        rank: {
+            "reader": f"{request.engine}#{engine_rank}",
+            "transport": request.transport,
+            "ranges": [(read.window, read.offset_bytes, read.nbytes) for read in plan.reads_from(rank)],
+        }
+        for rank in plan.trainer_ranks
+    }
+    tickets = client.ask("export", asked, request.timeout_s)
+    links: dict[int, Link] = {}
+    with contextlib.ExitStack() as opened:
+        for rank, ticket in sorted(tickets.items()):
+            links[rank] = transport.open(ticket, landing.targets(plan.reads_from(rank)), trainer_rank=rank)
+            opened.callback(links[rank].close)
+        opened.pop_all()
+    return links
+
+
+def merge_specs(manifests: Sequence[Manifest]) -> dict[str, TensorSpec]:
+    """Every tensor of the group by name, in a fixed order.
+
+    Raises:
+        ShapeError: two trainer ranks disagree about a tensor's shape or dtype.
+    """
+    merged: dict[str, TensorSpec] = {}
+    for manifest in manifests:
+        for name, spec in manifest.tensors.items():
+            known = merged.setdefault(name, spec)
+            if known != spec:
+                raise ShapeError(
+                    name,
+                    manifest.rank,
+                    f"{spec.dtype}{list(spec.shape)}",
+                    f"{known.dtype}{list(known.shape)}",
+                )
+    return dict(sorted(merged.items()))

@@ -1,0 +1,150 @@
+"""Errors of parties that did not come together, do not answer or refuse."""
+
+from __future__ import annotations
+
+from rdt_core.error_base import RdtError
+
+_REMEDY_OF_STATUS = {401: "Pass its key: connect(..., api_key=...).", 404: "Start it with --weight-sync rdt."}
+
+
+class SessionError(RdtError):
+    """The parties of a group did not come together."""
+
+
+class NoRayClusterError(SessionError):
+    """No Ray cluster to join."""
+
+    def __init__(self, address: str, reason: str) -> None:
+        self.address, self.reason = address, reason
+        super().__init__(
+            f"cannot join a Ray cluster at {address!r}: {reason}. Start one with `ray start --head`, or call "
+            "ray.init(address=...) or set RAY_ADDRESS before this.",
+            (address, reason),
+        )
+
+
+class RayAuthError(SessionError):
+    """The Ray cluster refused our token, or wants one."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        super().__init__(
+            f"the Ray cluster at {address!r} refused this process's token. Set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) to the same token in the trainers, the driver and every "
+            "engine, or RAY_AUTH_MODE=disabled in all of them.",
+            (address,),
+        )
+
+
+class UnknownGroupError(SessionError):
+    """No trainer has attached under this group name."""
+
+    def __init__(self, group: str, namespace: str) -> None:
+        self.group, self.namespace = group, namespace
+        super().__init__(
+            f"there is no sync group {group!r} in Ray namespace {namespace!r}. Call "
+            "WeightPublisher.attach with this name in every trainer rank first.",
+            (group, namespace),
+        )
+
+
+class GroupInUseError(SessionError):
+    """A second, live publisher under one group name and rank."""
+
+    def __init__(self, group: str, rank: int) -> None:
+        self.group, self.rank = group, rank
+        super().__init__(
+            f"trainer rank {rank} of sync group {group!r} is already attached by another live process. "
+            "Close that publisher, or attach under another group name.",
+            (group, rank),
+        )
+
+
+class MissingTrainerRankError(SessionError):
+    """Some trainer ranks have not attached, or have fallen silent."""
+
+    def __init__(self, group: str, missing: tuple[int, ...], world_size: int, waited_s: float) -> None:
+        self.group, self.missing, self.world_size, self.waited_s = group, tuple(missing), world_size, waited_s
+        super().__init__(
+            f"sync group {group!r} lacks trainer ranks {list(missing)} of {world_size} after "
+            f"{waited_s:.1f} s. Call WeightPublisher.attach in every rank; if they did, look for a "
+            "dead trainer process.",
+            (group, tuple(missing), world_size, waited_s),
+        )
+
+
+class NotConnectedError(SessionError):
+    """A sync was asked of an engine that has not connected to a group."""
+
+    def __init__(self, operation: str) -> None:
+        self.operation = operation
+        super().__init__(
+            f"cannot {operation}: this engine is in no sync group. Call WeightSync.connect first.",
+            (operation,),
+        )
+
+
+class CoordinatorLostError(SessionError):
+    """The group's coordinator actor ended."""
+
+    def __init__(self, group: str, detail: str) -> None:
+        self.group, self.detail = group, detail
+        super().__init__(
+            f"the coordinator of sync group {group!r} is gone ({detail}). Attach and connect again.",
+            (group, detail),
+        )
+
+
+class ClosedError(SessionError):
+    """Use of a publisher, subscriber or sync after ``close``."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(f"this {what} has been closed. Make a new one.", (what,))
+
+
+class EngineError(RdtError):
+    """An engine refused or failed."""
+
+
+class EngineUnreachableError(EngineError):
+    """An engine's HTTP address does not answer."""
+
+    def __init__(self, engine: str, reason: str) -> None:
+        self.engine, self.reason = engine, reason
+        super().__init__(
+            f"engine {engine} does not answer: {reason}. Check its address and that it runs.",
+            (engine, reason),
+        )
+
+
+class EngineTornError(EngineError):
+    """An engine whose parameters hold parts of two versions, and which therefore generates nothing."""
+
+    def __init__(self, engine: str, version: int) -> None:
+        self.engine, self.version = engine, version
+        super().__init__(
+            f"engine {engine} holds parts of two versions, because taking a version after {version} failed "
+            "half-way. It generates nothing until a sync of any later version succeeds; sync one, or "
+            "restart the engine.",
+            (engine, version),
+        )
+
+
+class EngineRefusedError(EngineError):
+    """An engine answered a control request with an error that is not one of ours."""
+
+    def __init__(self, engine: str, status: int, detail: str) -> None:
+        self.engine, self.status, self.detail = engine, status, detail
+        remedy = _REMEDY_OF_STATUS.get(status, "Look into the engine's log.")
+        super().__init__(f"engine {engine} answered {status}: {detail}. {remedy}", (engine, status, detail))
+
+
+class DeadlineError(RdtError):
+    """A wait ran out."""
+
+    def __init__(self, what: str, waited_s: float, remedy: str) -> None:
+        self.what, self.waited_s, self.remedy = what, waited_s, remedy
+        super().__init__(
+            f"gave up waiting for {what} after {waited_s:.1f} s. {remedy}", (what, waited_s, remedy)
+        )

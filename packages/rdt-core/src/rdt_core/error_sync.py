@@ -1,0 +1,132 @@
+"""Errors of a sync under way: versions, bytes and memory."""
+
+from __future__ import annotations
+
+from rdt_core.error_base import RdtError
+
+
+class VersionError(RdtError):
+    """Versions only grow, and only a published one can be read."""
+
+
+class StaleVersionError(VersionError):
+    """A version that is not greater than the last one."""
+
+    def __init__(self, version: int, last: int, where: str) -> None:
+        self.version, self.last, self.where = version, last, where
+        super().__init__(
+            f"version {version} is not greater than {last}, the last one {where}. Versions only grow; "
+            f"use {last + 1} or more.",
+            (version, last, where),
+        )
+
+
+class NotPublishedError(VersionError):
+    """A version that some trainer rank has not published yet."""
+
+    def __init__(self, version: int, missing: tuple[int, ...], waited_s: float) -> None:
+        self.version, self.missing, self.waited_s = version, tuple(missing), waited_s
+        super().__init__(
+            f"trainer ranks {list(missing)} have not published version {version} after {waited_s:.1f} s. "
+            "Call publisher.publish(version=...) in every rank after optimizer.step().",
+            (version, tuple(missing), waited_s),
+        )
+
+
+class NotPreparedError(VersionError):
+    """A commit of a version that this engine rank has not read."""
+
+    def __init__(self, version: int, prepared: int | None) -> None:
+        self.version, self.prepared = version, prepared
+        super().__init__(
+            f"cannot commit version {version}: this engine rank has {prepared or 'nothing'} prepared. Call "
+            "prepare with this version first, and wait for it.",
+            (version, prepared),
+        )
+
+
+class AbortedError(VersionError):
+    """A read that its driver took back, or that a later one replaced."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        super().__init__(
+            f"the read of version {version} was aborted, or replaced by a later one. Nothing was committed; "
+            "sync again.",
+            (version,),
+        )
+
+
+class SupersededError(VersionError):
+    """The trainer published another version while this one was being read: the bytes may be mixed."""
+
+    def __init__(self, version: int, current: int) -> None:
+        self.version, self.current = version, current
+        super().__init__(
+            f"version {version} was replaced by {current} while it was being read, so the bytes read may mix "
+            f"both. Nothing was committed; finish a sync before the next publish, or sync version {current}.",
+            (version, current),
+        )
+
+
+class TransportError(RdtError):
+    """Bytes did not arrive."""
+
+
+class TransportUnavailableError(TransportError):
+    """A transport cannot run in this process."""
+
+    def __init__(self, transport: str, reason: str, remedy: str) -> None:
+        self.transport, self.reason, self.remedy = transport, reason, remedy
+        super().__init__(
+            f"transport {transport!r} cannot run here: {reason}. {remedy}", (transport, reason, remedy)
+        )
+
+
+class SourceDiedError(TransportError):
+    """The process that held the bytes ended before or during a read."""
+
+    def __init__(self, trainer_rank: int, detail: str) -> None:
+        self.trainer_rank, self.detail = trainer_rank, detail
+        super().__init__(
+            f"trainer rank {trainer_rank} died before its bytes were read ({detail}). The engine still "
+            "serves the last committed version; restart the trainer and connect again.",
+            (trainer_rank, detail),
+        )
+
+
+class PullTimeoutError(TransportError):
+    """A read did not end within its deadline."""
+
+    def __init__(self, trainer_rank: int, timeout_s: float) -> None:
+        self.trainer_rank, self.timeout_s = trainer_rank, timeout_s
+        super().__init__(
+            f"reading from trainer rank {trainer_rank} did not end within {timeout_s:.1f} s. The engine "
+            "still serves the last committed version; look for a stopped trainer process, or "
+            "raise timeout_s.",
+            (trainer_rank, timeout_s),
+        )
+
+
+class UpdateFailedError(RdtError):
+    """A sync ended without a commit on some engine rank. Every engine serves what it served before."""
+
+    def __init__(self, version: int, phase: str, engine: str, rank: int, detail: str) -> None:
+        self.version, self.phase, self.engine, self.rank, self.detail = version, phase, engine, rank, detail
+        super().__init__(
+            f"version {version} failed in {phase} on rank {rank} of engine {engine}: {detail}",
+            (version, phase, engine, rank, detail),
+        )
+
+
+class WindowMovedError(RdtError):
+    """A parameter's memory is no longer where it was when the publisher attached."""
+
+    def __init__(self, tensor: str, rank: int) -> None:
+        self.tensor, self.rank = tensor, rank
+        super().__init__(
+            f"the memory of {tensor} on trainer rank {rank} moved since attach "
+            "(load_state_dict(assign=True), .to() or an offload does this), so engines would read "
+            "freed memory. Close the publisher and attach again.",
+            (tensor, rank),
+        )
