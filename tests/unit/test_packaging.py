@@ -144,7 +144,7 @@ def test_every_module_of_the_source_is_in_the_wheel_and_nothing_else(
     wheels: dict[str, Wheel], name: str
 ) -> None:
     source = ROOT / "packages" / name / "src"
-    modules = [*source.rglob("*.py"), *source.rglob("py.typed")]
+    modules = [file for file in source.rglob("*") if file.is_file() and file.suffix != ".pyc"]
     expected = {str(path.relative_to(source)) for path in modules}
     shipped = {member for member in wheels[name].files if ".dist-info/" not in member}
     assert shipped == expected
