@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from rdt_core.client import CoordinatorClient, LocalChannel
 from rdt_core.coordinator import MAX_HISTORY
 from rdt_core.errors import NotPublishedError, UpdateFailedError
+from tests.contract.notes import Notes
 from tests.local_group import LocalGroup, local_group, wait_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator
 
-    from rdt_core.report import SyncFailure, SyncReport
-
-
-class Notes:
-    """An observer that writes everything down."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, Any]] = []
-
-    def on_connected(self, group: str, engines: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        self.events.append((f"{group} connected", list(engines)))
-
-    def on_synced(self, group: str, report: SyncReport) -> None:
-        self.events.append((f"{group} synced", report))
-
-    def on_failed(self, group: str, failure: SyncFailure) -> None:
-        self.events.append((f"{group} failed", failure))
-
-    def on_closed(self, group: str) -> None:
-        self.events.append((f"{group} closed", None))
+    from rdt_core.report import SyncReport
 
 
 class Broken(Notes):
@@ -56,11 +38,10 @@ def test_an_observer_is_told_of_connect_syncs_failures_and_close(group: LocalGro
         report = sync.update(group.write_and_publish())
         with pytest.raises(NotPublishedError):
             sync.update(group.version + 1, timeout_s=0.1)
-    names = [name for name, _ in notes.events]
-    assert names == ["policy connected", "policy synced", "policy failed", "policy closed"]
-    assert notes.events[0][1] == [engine]
-    assert notes.events[1][1] == report
-    failure = notes.events[2][1]
+    assert [name for name, _ in notes.events] == ["connected", "synced", "failed", "closed"]
+    assert notes.of("connected") == [("policy", [engine])]
+    assert notes.of("synced") == [("policy", report)]
+    ((_, failure),) = notes.of("failed")
     assert (failure.version, failure.phase) == (group.version + 1, "publish_wait")
     assert failure.error_type == "NotPublishedError"
 
@@ -72,7 +53,7 @@ def test_a_failure_names_the_phase_the_engine_the_rank_and_the_reason(group: Loc
             export.close()
         with pytest.raises(UpdateFailedError):
             sync.update(group.write_and_publish())
-        failure = notes.events[1][1]
+    ((_, failure),) = notes.of("failed")
     assert (failure.phase, failure.engine, failure.rank) == ("prepare", engine, 0)
     assert failure.error_type == "SourceDiedError"
 

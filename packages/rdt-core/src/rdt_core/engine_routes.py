@@ -80,7 +80,7 @@ def make_router(backend_of: Callable[[Request], EngineBackend], api_keys: Sequen
 
     @router.post("/commit")
     async def commit(request: Request) -> JSONResponse:
-        payload = await _body(request)
+        payload = await read_body(request)
         if payload.get("kv_cache", "recompute") not in ("recompute", "keep"):
             raise HTTPException(400, "kv_cache must be 'recompute' or 'keep'")
         done = await backend_of(request).commit(payload)
@@ -113,14 +113,19 @@ def key_guard(api_keys: Sequence[str]) -> Callable[[Request], None]:
 
 def _forward(backend_of: Callable[[Request], EngineBackend], method: str) -> Callable[[Request], Any]:
     async def forward(request: Request) -> JSONResponse:
-        return _answer(await backend_of(request).call(method, await _body(request)))
+        return _answer(await backend_of(request).call(method, await read_body(request)))
 
     # FastAPI resolves the annotation in this module's globals, where Request is imported.
     forward.__name__ = method
     return forward
 
 
-async def _body(request: Request) -> dict[str, Any]:
+async def read_body(request: Request) -> dict[str, Any]:
+    """A control request's JSON object, bounded in size. Also for the trainer's routes.
+
+    Raises:
+        HTTPException: 413 for more than ``MAX_BODY_BYTES``, 400 for anything that is no JSON object.
+    """
     raw = b""
     async for chunk in request.stream():
         raw += chunk
@@ -141,11 +146,10 @@ def _answer(ranks: list[dict[str, Any]], **more: Any) -> JSONResponse:
     errors = [answer["error"] for answer in ranks if not answer.get("ok")]
     if not errors:
         return JSONResponse({"ranks": [answer["result"] for answer in ranks], **more})
-    error = from_wire(errors[0])
-    return JSONResponse(
-        {"error": to_wire(error), "num_failed_ranks": len(errors)}, status_code=_status_of(error)
-    )
+    return answer_error(from_wire(errors[0]), num_failed_ranks=len(errors))
 
 
-def _status_of(error: RdtError) -> int:
-    return next((status for kind, status in _STATUS_OF_ERROR if isinstance(error, kind)), 500)
+def answer_error(error: RdtError, **more: Any) -> JSONResponse:
+    """An error in its wire form, with the HTTP status of its kind. Also for the trainer's routes."""
+    status = next((status for kind, status in _STATUS_OF_ERROR if isinstance(error, kind)), 500)
+    return JSONResponse({"error": to_wire(error), **more}, status_code=status)
