@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rdt_core.transports.memory import MemoryLink, MemoryTransport
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -29,6 +29,7 @@ class Gate:
     reached: threading.Event = field(default_factory=threading.Event)
     opened: threading.Event = field(default_factory=threading.Event)
     failure: Exception | None = None
+    on_reach: Callable[[], object] | None = None
 
     def __post_init__(self) -> None:
         self.opened.set()
@@ -45,6 +46,8 @@ class Gate:
     def pass_through(self) -> None:
         """Called by a pull in its middle."""
         self.reached.set()
+        if self.on_reach is not None:
+            self.on_reach()
         assert self.opened.wait(DEADLINE_S), "the gate stayed closed"
         if self.failure is not None:
             raise self.failure

@@ -16,13 +16,16 @@ from rdt_core.errors import (
     CoordinatorLostError,
     DeadlineError,
     GroupInUseError,
+    LeaseLostError,
     MissingTrainerRankError,
     NotPublishedError,
     RdtError,
+    ReleasedError,
     StaleVersionError,
     SupersededError,
     UnknownGroupError,
 )
+from tests.local_group import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +40,8 @@ def client(request: pytest.FixtureRequest) -> Iterator[CoordinatorClient]:
     else:
         request.getfixturevalue("ray_cluster")
         channel = RayChannel.create(f"policy-{uuid.uuid4().hex}")
+        # An actor imports torch before it answers, which takes a busy machine longer than a call may.
+        channel.call("session", timeout_s=120.0)
     yield CoordinatorClient(channel)
     channel.end()
 
@@ -130,6 +135,59 @@ def test_a_version_is_readable_only_while_every_rank_holds_it(client: Coordinato
     client.publish(0, "a", 2)
     with pytest.raises(SupersededError):
         client.check_version(1)
+
+
+def test_a_writer_waits_for_leases_and_nobody_takes_new_ones(client: CoordinatorClient) -> None:
+    client.attach(0, 1, "a", b"")
+    client.publish(0, "a", 1)
+    lease = client.begin_read("http://a", 0, 1, 60.0)
+    cut_off: list[object] = []
+    writer = threading.Thread(target=lambda: cut_off.extend(client.release(0, "a", 60.0)))
+    writer.start()
+    wait_for(lambda: client.status()["trainers"][0]["writing"])
+    with pytest.raises(ReleasedError):
+        client.begin_read("http://b", 0, 1, 60.0)
+    assert writer.is_alive()
+    client.end_read(lease, 1)
+    writer.join(30)
+    assert not writer.is_alive()
+    assert cut_off == []
+
+
+def test_a_writer_that_waited_long_enough_revokes_the_leases_and_names_their_readers(
+    client: CoordinatorClient,
+) -> None:
+    client.attach(0, 1, "a", b"")
+    client.publish(0, "a", 1)
+    lease = client.begin_read("http://a", 3, 1, 60.0)
+    assert client.release(0, "a", 0.1) == [("http://a", 3)]
+    with pytest.raises(ReleasedError):
+        client.end_read(lease, 1)
+    client.publish(0, "a", 2)
+    with pytest.raises(SupersededError):
+        client.end_read(lease, 1)
+
+
+def test_a_lease_ends_at_its_deadline_whatever_its_reader_does(client: CoordinatorClient) -> None:
+    client.attach(0, 1, "a", b"")
+    client.publish(0, "a", 1)
+    lease = client.begin_read("http://a", 0, 1, 0.1)
+    wait_for(lambda: client.status()["leases"] == [])
+    with pytest.raises(LeaseLostError):
+        client.end_read(lease, 1)
+    assert client.release(0, "a", 0.0) == []
+
+
+def test_a_rank_that_was_replaced_does_not_hold_what_the_dead_one_published(
+    client: CoordinatorClient,
+) -> None:
+    client.attach(0, 1, "dead process", b"old")
+    client.publish(0, "dead process", 7)
+    client.attach(0, 1, "new process", b"new")
+    with pytest.raises(ReleasedError):
+        client.check_version(7)
+    client.publish(0, "new process", 8)
+    client.check_version(8)
 
 
 def test_a_task_is_answered_by_the_rank_it_was_given_to(client: CoordinatorClient, ranks: list[Rank]) -> None:

@@ -10,14 +10,18 @@ import pytest
 from rdt_core import transports
 from rdt_core.errors import (
     AbortedError,
+    LeaseLostError,
     NotPreparedError,
     RdtError,
+    ReleasedError,
     SourceDiedError,
     StaleVersionError,
     SupersededError,
+    TornReadError,
 )
 from tests.contract import gated
-from tests.contract.world import Engine, World, expected_fingerprint, make_world
+from tests.contract.world import Engine, TrainerRank, World, expected_fingerprint, make_world
+from tests.local_group import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,8 +63,8 @@ def engine(world: World) -> Iterator[Engine]:
 class Reader:
     """A prepare in a thread of its own, stopped in the middle of its first pull."""
 
-    def __init__(self, engine: Engine, version: int) -> None:
-        self._engine, self._version = engine, version
+    def __init__(self, engine: Engine, version: int, verify: str | None = None) -> None:
+        self._engine, self._version, self._verify = engine, version, verify
         self._error: RdtError | None = None
         gated.gate.close()
         self._thread = threading.Thread(target=self._read)
@@ -69,7 +73,7 @@ class Reader:
 
     def _read(self) -> None:
         try:
-            self._engine.subscriber.prepare(self._version, timeout_s=TIMEOUT_S)
+            self._engine.subscriber.prepare(self._version, timeout_s=TIMEOUT_S, verify=self._verify)
         except RdtError as error:
             self._error = error
 
@@ -242,3 +246,116 @@ def test_a_committed_version_is_not_read_again(engine: Engine, version: int) -> 
     engine.subscriber.commit(version)
     with pytest.raises(StaleVersionError):
         engine.subscriber.prepare(version)
+
+
+class Writer:
+    """``publisher.writing()`` in every rank, each in a thread of its own as in a process of its own."""
+
+    def __init__(self, world: World, timeout_s: float) -> None:
+        self._threads = [
+            threading.Thread(target=self._write, args=(rank, timeout_s)) for rank in world.trainers
+        ]
+        self.num_entered = 0
+        self._lock = threading.Lock()
+        for thread in self._threads:
+            thread.start()
+
+    def _write(self, rank: TrainerRank, timeout_s: float) -> None:
+        with rank.publisher.writing(timeout_s=timeout_s), self._lock:
+            self.num_entered += 1
+
+    def finish(self) -> None:
+        for thread in self._threads:
+            thread.join(TIMEOUT_S)
+        assert self.num_entered == len(self._threads)
+
+
+def test_a_trainer_that_writes_waits_for_the_reader_which_gets_its_version_whole(
+    world: World, engine: Engine, version: int
+) -> None:
+    engine.connect()
+    reader = Reader(engine, version)
+    writer = Writer(world, timeout_s=TIMEOUT_S)
+    wait_for(lambda: all(rank["writing"] for rank in world.client.status()["trainers"].values()))
+    assert writer.num_entered == 0
+    assert reader.finish() is None
+    writer.finish()
+    engine.subscriber.commit(version)
+    assert engine.fingerprint == expected_fingerprint(version)
+
+
+def test_past_its_deadline_a_trainer_writes_and_the_reader_fails_cleanly(
+    world: World, engine: Engine, version: int
+) -> None:
+    engine.connect()
+    engine.subscriber.prepare(version)
+    engine.subscriber.commit(version)
+    world.publish(version + 1)
+    reader = Reader(engine, version + 1)
+    Writer(world, timeout_s=0.1).finish()
+    assert isinstance(reader.finish(), LeaseLostError | ReleasedError)
+    with pytest.raises(NotPreparedError):
+        engine.subscriber.commit(version + 1)
+    assert engine.fingerprint == expected_fingerprint(version)
+    world.publish(version + 2)
+    engine.subscriber.prepare(version + 2)
+    engine.subscriber.commit(version + 2)
+    assert engine.fingerprint == expected_fingerprint(version + 2)
+
+
+def test_what_a_trainer_released_cannot_be_read(world: World, engine: Engine, version: int) -> None:
+    engine.connect()
+    for rank in world.trainers:
+        rank.publisher.release()
+    with pytest.raises(ReleasedError):
+        engine.subscriber.prepare(version)
+
+
+def test_a_step_that_raises_leaves_nothing_to_read(world: World, engine: Engine, version: int) -> None:
+    engine.connect()
+    with pytest.raises(ZeroDivisionError), world.trainers[0].publisher.writing():
+        raise ZeroDivisionError
+    with pytest.raises(ReleasedError):
+        engine.subscriber.prepare(version)
+
+
+def test_a_lease_does_not_outlive_a_read_that_failed(world: World, engine: Engine, version: int) -> None:
+    engine.connect()
+    gated.gate.failure = SourceDiedError(0, "killed by the test")
+    with pytest.raises(SourceDiedError):
+        engine.subscriber.prepare(version)
+    assert world.client.status()["leases"] == []
+
+
+@pytest.mark.parametrize("mode", ["staged", "inplace"])
+def test_digests_of_a_read_that_nobody_disturbed_agree(engine: Engine, version: int, mode: str) -> None:
+    engine.connect(mode)
+    engine.subscriber.prepare(version, verify="digest")
+    engine.subscriber.commit(version, verify="digest")
+    assert engine.fingerprint == expected_fingerprint(version)
+
+
+def test_a_write_in_mid_read_without_a_word_is_found_by_digest(
+    world: World, engine: Engine, version: int
+) -> None:
+    engine.connect()
+    reader = Reader(engine, version, verify="digest")
+    for rank in world.trainers:
+        rank.write(version + 1)
+    assert isinstance(reader.finish(), TornReadError)
+
+
+def test_a_torn_read_in_place_is_found_by_digest_and_the_engine_refuses_to_serve(
+    world: World, engine: Engine, version: int
+) -> None:
+    engine.connect("inplace")
+    engine.subscriber.prepare(version)
+
+    def write_without_a_word() -> None:
+        for rank in world.trainers:
+            rank.write(version + 1)
+
+    gated.gate.on_reach = write_without_a_word
+    with pytest.raises(TornReadError):
+        engine.subscriber.commit(version, verify="digest")
+    assert engine.subscriber.is_torn

@@ -201,6 +201,13 @@ class CoordinatorClient:
 
         return settle
 
+    def release(self, rank: int, instance: str, timeout_s: float) -> list[tuple[str, int]]:
+        """Wait for readers before a write; returns those who were cut off."""
+        return cast(
+            "list[tuple[str, int]]",
+            self._channel.call("release", rank, instance, timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S),
+        )
+
     def detach(self, rank: int, instance: str) -> None:
         """Leave; the last trainer rank ends the coordinator."""
         if self._channel.call("detach", rank, instance, timeout_s=CALL_TIMEOUT_S):
@@ -230,6 +237,21 @@ class CoordinatorClient:
     def check_version(self, version: int) -> None:
         """Whether every trainer rank holds ``version`` now."""
         self._channel.call("check_version", version, timeout_s=CALL_TIMEOUT_S)
+
+    def begin_read(self, engine: str, rank: int, version: int, timeout_s: float) -> int:
+        """Take a lease on a version; returns its number."""
+        return cast(
+            "int",
+            self._channel.call("begin_read", engine, rank, version, timeout_s, timeout_s=CALL_TIMEOUT_S),
+        )
+
+    def end_read(self, lease: int, version: int) -> None:
+        """Give a lease back; raises unless the version was there all the time."""
+        self._channel.call("end_read", lease, version, timeout_s=CALL_TIMEOUT_S)
+
+    def drop_lease(self, lease: int) -> None:
+        """Give a lease back after a read that failed."""
+        self._channel.call("drop_lease", lease, timeout_s=CALL_TIMEOUT_S)
 
     def join(self, engine: str, rank: int, info: dict[str, Any]) -> None:
         """An engine rank is connected."""

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rdt_core.describe import node_name
+from rdt_core.digest import digest_bytes
 from rdt_core.direct import aim_directly
-from rdt_core.errors import ShapeError
+from rdt_core.errors import RdtError, ShapeError, TornReadError
 from rdt_core.free_memory import measure_free_bytes
 from rdt_core.landing import RELOAD_PREFIX, Landing, engine_manifest, make_landing
 from rdt_core.mode import AUTO, INPLACE, choose_mode
@@ -58,6 +59,7 @@ class Connection:
 
     request: ConnectRequest
     client: CoordinatorClient
+    engine_rank: int
     recording: Recording
     specs: dict[str, TensorSpec]
     plan: Plan
@@ -75,28 +77,50 @@ class Connection:
         """Whether versions are read into the parameters themselves, at commit."""
         return self.mode == INPLACE
 
-    def read(self, version: int, timeout_s: float, check_wanted: Callable[[], None]) -> None:
-        """Bring every byte to its target and assemble the reload buffers. Holding ``lock``.
+    def read(
+        self, version: int, timeout_s: float, before_pull: Callable[[], None], verify: str | None
+    ) -> None:
+        """Bring every byte to its target under a lease, and assemble the reload buffers. Holding ``lock``.
 
         Args:
-            version: that the trainers must hold before and after.
-            timeout_s: for all links together, in seconds.
-            check_wanted: raises when the read is not wanted any more; called between links.
+            version: that the trainers must hold from before the first byte until after the last.
+            timeout_s: for all links together, in seconds; the lease lasts as long.
+            before_pull: called before every link's pull; may raise, for a read that is not wanted any more.
+            verify: ``"digest"`` to compare what was read with what the trainers hold, by digests.
 
         Raises:
-            VersionError: the trainers do not hold this version, or the read was aborted.
+            VersionError: the trainers do not hold this version throughout, or the read was aborted.
             TransportError: bytes did not arrive.
         """
+        lease = self.client.begin_read(self.request.engine, self.engine_rank, version, timeout_s)
+        try:
+            self._pull(version, timeout_s, before_pull)
+            if verify is not None:
+                self._compare_digests(version, timeout_s)
+        except BaseException:
+            with contextlib.suppress(RdtError):
+                self.client.drop_lease(lease)
+            raise
+        self.client.end_read(lease, version)
+
+    def _pull(self, version: int, timeout_s: float, before_pull: Callable[[], None]) -> None:
         started, self.read_started_unix_s = time.perf_counter(), time.time()
         deadline = time.monotonic() + timeout_s
         for trainer_rank, link in self.links.items():
-            check_wanted()
+            before_pull()
             pull_started, pull_started_unix_s = time.perf_counter(), time.time()
             link.pull(version, timeout_s=max(0.001, deadline - time.monotonic()))
             self.link_times[trainer_rank] = (pull_started_unix_s, time.perf_counter() - pull_started)
         self.landing.fill_reload_buffers()
         self.read_s = time.perf_counter() - started
-        self.client.check_version(version)
+
+    def _compare_digests(self, version: int, timeout_s: float) -> None:
+        reader = {"reader": reader_name(self.request, self.engine_rank)}
+        held = self.client.ask("digest_reads", dict.fromkeys(self.links, reader), timeout_s)
+        for trainer_rank in self.links:
+            targets = self.landing.targets(self.plan.reads_from(trainer_rank))
+            if held[trainer_rank] != [digest_bytes(target) for target in targets]:
+                raise TornReadError(version, trainer_rank)
 
     def close(self) -> None:
         """Close the links, now or when the read that is under way ends. Idempotent; waits for no read."""
@@ -172,6 +196,7 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
     return Connection(
         request=request,
         client=client,
+        engine_rank=model.rank,
         recording=recording,
         specs=specs,
         plan=plan,
@@ -201,7 +226,7 @@ def _open_links(
     transport = make_transport(request.transport)
     asked = {
         rank: {
-            "reader": f"{request.engine}#{engine_rank}",
+            "reader": reader_name(request, engine_rank),
             "transport": request.transport,
             "ranges": [(read.window, read.offset_bytes, read.nbytes) for read in plan.reads_from(rank)],
         }
@@ -215,6 +240,11 @@ def _open_links(
             opened.callback(links[rank].close)
         opened.pop_all()
     return links
+
+
+def reader_name(request: ConnectRequest, engine_rank: int) -> str:
+    """Under which a trainer rank keeps what it exports to one engine rank."""
+    return f"{request.engine}#{engine_rank}"
 
 
 def merge_specs(manifests: Sequence[Manifest]) -> dict[str, TensorSpec]:

@@ -19,12 +19,15 @@ from rdt_core.errors import (
     ConfigError,
     DeadlineError,
     GroupInUseError,
+    LeaseLostError,
     MissingTrainerRankError,
     NotPublishedError,
     RdtError,
+    ReleasedError,
     StaleVersionError,
     SupersededError,
 )
+from rdt_core.leases import LeaseBook
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -45,8 +48,8 @@ class TrainerTask:
 
     Args:
         number: identifies the answer.
-        kind: ``"export"`` (payload: transport name and byte ranges) or ``"digest"`` (payload: dtype by
-            tensor).
+        kind: ``"export"`` (payload: reader, transport name and byte ranges), ``"digest"`` (payload: dtype by
+            tensor) or ``"digest_reads"`` (payload: reader, whose byte ranges are digested).
         payload: plain values.
     """
 
@@ -69,6 +72,7 @@ class _Trainer:
     manifest: bytes
     last_seen: float
     version: int = 0
+    is_writing: bool = False
     tasks: deque[TrainerTask] = field(default_factory=deque)
 
 
@@ -77,10 +81,13 @@ class Coordinator:
 
     Args:
         group: the group's name, for messages.
+        clock: seconds, growing; every deadline is measured on it.
     """
 
-    def __init__(self, group: str) -> None:
+    def __init__(self, group: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._group = group
+        self._clock = clock
+        self._leases = LeaseBook(clock)
         self._session = uuid.uuid4().hex
         self._world_size = 0
         self._trainers: dict[int, _Trainer] = {}
@@ -107,7 +114,8 @@ class Coordinator:
             )
         self._world_size = world_size
         last = known.version if known else 0
-        self._trainers[rank] = _Trainer(instance, manifest, time.monotonic(), last)
+        # Whatever an earlier process of this rank published, this one's memory does not hold it.
+        self._trainers[rank] = _Trainer(instance, manifest, self._clock(), last, is_writing=True)
         await self._notify()
         return last
 
@@ -124,10 +132,10 @@ class Coordinator:
         Called in a loop by the rank's service thread, also as its sign of life.
         """
         trainer = self._trainer(rank, instance)
-        trainer.last_seen = time.monotonic()
+        trainer.last_seen = self._clock()
         await self._notify()
         await self._wait(lambda: bool(trainer.tasks), POLL_S)
-        trainer.last_seen = time.monotonic()
+        trainer.last_seen = self._clock()
         tasks = list(trainer.tasks)
         trainer.tasks.clear()
         return tasks
@@ -143,9 +151,22 @@ class Coordinator:
         trainer = self._trainer(rank, instance)
         if version <= trainer.version:
             raise StaleVersionError(version, trainer.version, "published")
-        trainer.version = version
-        trainer.last_seen = time.monotonic()
+        trainer.version, trainer.is_writing = version, False
+        trainer.last_seen = self._clock()
         await self._notify()
+
+    async def release(self, rank: int, instance: str, timeout_s: float) -> list[tuple[str, int]]:
+        """A trainer rank is about to write. Returns the readers whose leases were revoked, mostly none.
+
+        From now on nobody begins to read what this rank last published. Whoever reads already has
+        ``timeout_s`` seconds to end; then the leases are revoked, and those reads end with an error.
+        """
+        trainer = self._trainer(rank, instance)
+        trainer.is_writing = True
+        await self._notify()
+        await self._wait(lambda: not self._leases.active(), timeout_s)
+        trainer.last_seen = self._clock()
+        return [lease.reader for lease in self._leases.revoke()]
 
     async def detach(self, rank: int, instance: str) -> bool:
         """A trainer rank leaves. Returns whether the group is now empty of trainers."""
@@ -193,17 +214,46 @@ class Coordinator:
 
     async def wait_published(self, version: int, timeout_s: float) -> None:
         """Until every trainer rank has published exactly ``version``."""
-        await self._wait(lambda: not self._behind(version), timeout_s)
+        await self._wait(lambda: not self._behind(version) or bool(self._released(version)), timeout_s)
         await self.check_version(version, timeout_s)
 
     async def check_version(self, version: int, waited_s: float = 0.0) -> None:
-        """Whether every trainer rank holds ``version`` now. Called before and after every read."""
+        """Whether every trainer rank holds ``version`` now."""
         ahead = max((trainer.version for trainer in self._trainers.values()), default=0)
         if ahead > version:
             raise SupersededError(version, ahead)
         behind = self._behind(version)
         if behind:
             raise NotPublishedError(version, behind, waited_s)
+        released = self._released(version)
+        if released:
+            raise ReleasedError(version, released)
+
+    async def begin_read(self, engine: str, rank: int, version: int, timeout_s: float) -> int:
+        """An engine rank begins to read: a lease, which ends after ``timeout_s`` seconds at the latest.
+
+        Returns:
+            The lease's number, for :meth:`end_read`.
+        """
+        await self.check_version(version)
+        return self._leases.take((engine, rank), version, timeout_s)
+
+    async def end_read(self, lease: int, version: int) -> None:
+        """An engine rank has read everything; raises unless the version was there all the time.
+
+        A trainer that waits to write does not spoil a read whose lease held.
+        """
+        held = self._leases.give_back(lease)
+        await self._notify()
+        ahead = max((trainer.version for trainer in self._trainers.values()), default=0)
+        if not held or ahead > version:
+            await self.check_version(version)
+            raise LeaseLostError(version)
+
+    async def drop_lease(self, lease: int) -> None:
+        """An engine rank's read failed; nobody need wait for it."""
+        self._leases.give_back(lease)
+        await self._notify()
 
     async def join(self, engine: str, rank: int, info: dict[str, Any]) -> None:
         """An engine rank is connected. ``info`` is shown by :meth:`status`."""
@@ -255,18 +305,23 @@ class Coordinator:
 
     async def status(self) -> dict[str, Any]:
         """Plain values about trainers and engines, for people and tools."""
-        now = time.monotonic()
+        now = self._clock()
         return {
             "group": self._group,
             "world_size": self._world_size,
             "trainers": {
                 rank: {
                     "version": t.version,
+                    "writing": t.is_writing,
                     "silent_s": round(now - t.last_seen, 3),
                     "alive": not self._is_silent(t),
                 }
                 for rank, t in sorted(self._trainers.items())
             },
+            "leases": [
+                {"engine": lease.reader[0], "rank": lease.reader[1], "version": lease.version}
+                for lease in self._leases.active()
+            ],
             "engines": [
                 {"engine": engine, "rank": rank, **info}
                 for (engine, rank), info in sorted(self._engines.items())
@@ -280,7 +335,7 @@ class Coordinator:
         return trainer
 
     def _is_silent(self, trainer: _Trainer) -> bool:
-        return time.monotonic() - trainer.last_seen > SILENT_S
+        return self._clock() - trainer.last_seen > SILENT_S
 
     def _live_ranks(self) -> set[int]:
         return {rank for rank, trainer in self._trainers.items() if not self._is_silent(trainer)}
@@ -292,16 +347,22 @@ class Coordinator:
         held = {rank: trainer.version for rank, trainer in self._trainers.items()}
         return tuple(rank for rank in range(self._world_size) if held.get(rank, 0) < version)
 
+    def _released(self, version: int) -> tuple[int, ...]:
+        """Ranks that published ``version`` and have begun to write again."""
+        return tuple(
+            rank for rank, t in sorted(self._trainers.items()) if t.version == version and t.is_writing
+        )
+
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 
     async def _wait(self, is_true: Callable[[], bool], timeout_s: float) -> bool:
         """Until the condition holds or time runs out; looks again at least every second, for silence."""
-        deadline = time.monotonic() + timeout_s
+        deadline = self._clock() + timeout_s
         async with self._changed:
             while not is_true():
-                left = deadline - time.monotonic()
+                left = deadline - self._clock()
                 if left <= 0:
                     return False
                 try:

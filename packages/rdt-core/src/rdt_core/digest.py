@@ -73,6 +73,17 @@ def digest_region(data: torch.Tensor, region: Region, shape: Sequence[int]) -> i
     return total & _WORD
 
 
+def digest_bytes(data: torch.Tensor) -> int:
+    """Digest the bytes of a flat uint8 tensor, whatever its alignment. Reads all; allocates a few MiB."""
+    total = 0
+    for first in range(0, data.numel(), 8 * _CHUNK_ELEMENTS):
+        part = data[first : first + 8 * _CHUNK_ELEMENTS]
+        words = torch.zeros(-(-part.numel() // 8), dtype=torch.int64, device=data.device)
+        words.view(torch.uint8)[: part.numel()].copy_(part)
+        total += _sum_of_words(words, torch.arange(words.numel(), device=data.device) + first // 8)
+    return total & _WORD
+
+
 def add_digests(parts: Iterable[RegionDigest]) -> dict[str, tuple[int, int, bool]]:
     """Sum region digests into tensor digests.
 

@@ -90,21 +90,35 @@ def parse_timeout(payload: Mapping[str, Any]) -> float:
     return float(timeout_s)
 
 
+def parse_verify(payload: Mapping[str, Any]) -> str | None:
+    """How a request wants the bytes verified; None when it does not.
+
+    Raises:
+        WireFormatError: in a way that there is not.
+    """
+    verify = payload.get("verify")
+    if verify not in (None, "digest"):
+        raise WireFormatError("request", f"verify must be 'digest' or left out, got {verify!r}")
+    return str(verify) if verify else None
+
+
 def _connect(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:
     return subscriber.connect(parse_connect(payload))
 
 
 def _prepare(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:
-    version, timeout_s = parse_version(payload), parse_timeout(payload)
+    version, timeout_s, verify = parse_version(payload), parse_timeout(payload), parse_verify(payload)
     attempt = payload.get("attempt")
     if attempt is None:
-        return subscriber.prepare(version, timeout_s=timeout_s)
-    subscriber.start_prepare(version, str(attempt), timeout_s=timeout_s)
+        return subscriber.prepare(version, timeout_s=timeout_s, verify=verify)
+    subscriber.start_prepare(version, str(attempt), timeout_s=timeout_s, verify=verify)
     return {"version": version, "attempt": str(attempt)}
 
 
 def _commit(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:
-    return subscriber.commit(parse_version(payload), timeout_s=parse_timeout(payload))
+    return subscriber.commit(
+        parse_version(payload), timeout_s=parse_timeout(payload), verify=parse_verify(payload)
+    )
 
 
 def _abort(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:

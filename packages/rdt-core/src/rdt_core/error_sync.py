@@ -69,6 +69,42 @@ class SupersededError(VersionError):
         )
 
 
+class ReleasedError(VersionError):
+    """The trainer has begun to write again, so that a version is no longer there to be read."""
+
+    def __init__(self, version: int, ranks: tuple[int, ...]) -> None:
+        self.version, self.ranks = version, tuple(ranks)
+        super().__init__(
+            f"trainer ranks {list(ranks)} released version {version} (publisher.writing() or release()), so "
+            "it cannot be read any more. Sync before the next write, or sync the next version.",
+            (version, tuple(ranks)),
+        )
+
+
+class LeaseLostError(VersionError):
+    """A read outlived its lease: its deadline passed, or a trainer that had waited for it revoked it."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        super().__init__(
+            f"reading version {version} took longer than its lease, which ran out or was revoked by a "
+            "trainer that had to write. What was read is dropped; raise timeout_s of update or of writing().",
+            (version,),
+        )
+
+
+class TornReadError(VersionError):
+    """The bytes that were read are not the bytes that the trainer holds."""
+
+    def __init__(self, version: int, trainer_rank: int) -> None:
+        self.version, self.trainer_rank = version, trainer_rank
+        super().__init__(
+            f"what was read of version {version} differs from what trainer rank {trainer_rank} holds, by "
+            "digest: it was written while it was read. Write within publisher.writing(), and sync again.",
+            (version, trainer_rank),
+        )
+
+
 class TransportError(RdtError):
     """Bytes did not arrive."""
 

@@ -32,6 +32,9 @@
     |   |-- NotPublishedError
     |   |-- NotPreparedError
     |   |-- AbortedError
+    |   |-- ReleasedError
+    |   |-- LeaseLostError
+    |   |-- TornReadError
     |   `-- SupersededError
     |-- TransportError              bytes did not arrive
     |   |-- TransportUnavailableError
@@ -89,12 +92,15 @@ from rdt_core.error_session import (
 )
 from rdt_core.error_sync import (
     AbortedError,
+    LeaseLostError,
     NotPreparedError,
     NotPublishedError,
     PullTimeoutError,
+    ReleasedError,
     SourceDiedError,
     StaleVersionError,
     SupersededError,
+    TornReadError,
     TransportError,
     TransportUnavailableError,
     UpdateFailedError,
@@ -116,6 +122,7 @@ __all__ = [
     "EngineUnreachableError",
     "GroupInUseError",
     "InvalidVersionError",
+    "LeaseLostError",
     "ManifestError",
     "MissingTrainerRankError",
     "ModelMismatchError",
@@ -128,11 +135,13 @@ __all__ = [
     "PullTimeoutError",
     "RayAuthError",
     "RdtError",
+    "ReleasedError",
     "SessionError",
     "ShapeError",
     "SourceDiedError",
     "StaleVersionError",
     "SupersededError",
+    "TornReadError",
     "TransportError",
     "TransportUnavailableError",
     "UncoveredParameterError",

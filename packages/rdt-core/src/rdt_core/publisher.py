@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import uuid
@@ -13,7 +14,7 @@ from rdt_core import ray_session
 from rdt_core.client import CoordinatorClient, RayChannel
 from rdt_core.coordinator import Outcome, TrainerTask
 from rdt_core.describe import describe_trainer
-from rdt_core.digest import RegionDigest, digest_region
+from rdt_core.digest import RegionDigest, digest_bytes, digest_region
 from rdt_core.errors import (
     ClosedError,
     CoordinatorLostError,
@@ -29,7 +30,7 @@ from rdt_core.transports import make_transport
 from rdt_core.wire import manifest_to_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from rdt_core.client import Channel
@@ -57,6 +58,7 @@ class WeightPublisher:
         self._instance = uuid.uuid4().hex
         self._transports: dict[str, Transport] = {}
         self._exports: dict[str, Export] = {}
+        self._views: dict[str, list[torch.Tensor]] = {}
         # Held while exports are refreshed: by publish, and by the service thread for a new one, so that an
         # export that comes while a version is published does not miss it.
         self._refreshing = threading.Lock()
@@ -143,6 +145,41 @@ class WeightPublisher:
         self._refresh(version)
         self._settle = self._client.start_publish(self._local.rank, self._instance, version)
 
+    def release(self, *, timeout_s: float = 30.0) -> None:
+        """Take back what was published, before it is written again. Idempotent.
+
+        Called in every trainer rank; takes no collective. Blocks while engines read, ``timeout_s`` seconds at
+        most: then their reads are cut off and end with an error, and the next version is theirs.
+
+        Raises:
+            ClosedError: the publisher was closed.
+            CoordinatorLostError, DeadlineError: the coordinator does not answer; do not write.
+        """
+        if self._is_closed.is_set():
+            raise ClosedError("publisher")
+        self._settle()
+        if self._version == 0:
+            return
+        cut_off = self._client.release(self._local.rank, self._instance, timeout_s)
+        if cut_off:
+            logger.warning(
+                "trainer rank %d waited %.1f s for readers of version %d and cut them off: %s",
+                self._local.rank,
+                timeout_s,
+                self._version,
+                cut_off,
+            )
+
+    @contextlib.contextmanager
+    def writing(self, *, timeout_s: float = 30.0) -> Iterator[None]:
+        """Around whatever writes the parameters: ``with publisher.writing(): optimizer.step()``.
+
+        Enters as :meth:`release` does. Nothing can be read until the next :meth:`publish`, also when the body
+        raises, since it may have written by then.
+        """
+        self.release(timeout_s=timeout_s)
+        yield
+
     def close(self) -> None:
         """Leave the group. Idempotent; engines keep serving what they committed."""
         if self._is_closed.is_set():
@@ -197,6 +234,9 @@ class WeightPublisher:
                 return Outcome(self._export(task.payload))
             if task.kind == "digest":
                 return Outcome(self._digest(task.payload))
+            if task.kind == "digest_reads":
+                views = self._views.get(str(task.payload["reader"]), [])
+                return Outcome([digest_bytes(view) for view in views])
         except RdtError as error:
             return Outcome(error=error)
         except Exception as error:
@@ -229,7 +269,7 @@ class WeightPublisher:
             except BaseException:
                 export.close()
                 raise
-            self._exports[reader] = export
+            self._exports[reader], self._views[reader] = export, views
         return export.ticket
 
     def _digest(self, dtypes: dict[str, str]) -> list[RegionDigest]:

@@ -97,7 +97,7 @@ class WeightSubscriber:
         )
         return info
 
-    def prepare(self, version: int, *, timeout_s: float = 60.0) -> dict[str, Any]:
+    def prepare(self, version: int, *, timeout_s: float = 60.0, verify: str | None = None) -> dict[str, Any]:
         """Read ``version`` into landing memory. Blocks until it is there; touches no parameter.
 
         In in-place mode nothing is read before the commit; this checks that there is something to read.
@@ -107,20 +107,26 @@ class WeightSubscriber:
             StaleVersionError: not greater than the committed version.
             NotPublishedError: some trainer rank does not hold it yet.
             SupersededError: a trainer rank published again before the read was done.
+            ReleasedError, LeaseLostError: a trainer rank took the version back to write.
+            TornReadError: with ``verify="digest"``, the trainer wrote without a word.
+            AbortedError: the read was taken back.
             SourceDiedError, PullTimeoutError, TransportError: bytes did not arrive.
         """
         attempt = self._life.begin_read(version)
         connection = self._connected("prepare")
-        self._read(connection, attempt, version, timeout_s)
+        self._read(connection, attempt, version, timeout_s, verify)
         return {"version": version, "prepare_s": connection.read_s}
 
-    def start_prepare(self, version: int, attempt: str, *, timeout_s: float = 60.0) -> None:
+    def start_prepare(
+        self, version: int, attempt: str, *, timeout_s: float = 60.0, verify: str | None = None
+    ) -> None:
         """Begin :meth:`prepare` in a thread and return; the coordinator is told how it ended.
 
         Args:
             version: to read.
             attempt: the driver's name for this try, under which it waits for the outcome.
             timeout_s: for the read.
+            verify: ``"digest"`` to compare what was read with what the trainers hold.
 
         Raises:
             NotConnectedError: connect first.
@@ -131,7 +137,7 @@ class WeightSubscriber:
 
         def read() -> None:
             try:
-                self._read(connection, number, version, timeout_s)
+                self._read(connection, number, version, timeout_s, verify)
                 outcome = Outcome({"version": version, "prepare_s": connection.read_s})
             except RdtError as error:
                 outcome = Outcome(error=error)
@@ -143,14 +149,19 @@ class WeightSubscriber:
 
         threading.Thread(target=read, name=f"rdt-reader-{self._model.rank}", daemon=True).start()
 
-    def _read(self, connection: Connection, attempt: int, version: int, timeout_s: float) -> None:
+    def _read(
+        self, connection: Connection, attempt: int, version: int, timeout_s: float, verify: str | None
+    ) -> None:
         """Body of a prepare, in the caller's thread or in a reader's."""
         try:
             with connection.lock:
                 self._life.check_wanted(attempt, version)
-                connection.client.check_version(version)
-                if not connection.is_in_place:
-                    connection.read(version, timeout_s, lambda: self._life.check_wanted(attempt, version))
+                if connection.is_in_place:
+                    connection.client.check_version(version)
+                else:
+                    connection.read(
+                        version, timeout_s, lambda: self._life.check_wanted(attempt, version), verify
+                    )
                 self._life.end_read(attempt, version)
         except BaseException:
             self._life.fail_read(attempt)
@@ -158,7 +169,7 @@ class WeightSubscriber:
         finally:
             connection.close_when_idle()
 
-    def commit(self, version: int, *, timeout_s: float = 60.0) -> dict[str, Any]:
+    def commit(self, version: int, *, timeout_s: float = 60.0, verify: str | None = None) -> dict[str, Any]:
         """Flip the model to a prepared version. Called while the model does not run.
 
         Staged: by local copies. In place: by reading into the parameters; a read that fails leaves them torn,
@@ -167,6 +178,7 @@ class WeightSubscriber:
         Args:
             version: as prepared.
             timeout_s: for reading, in in-place mode.
+            verify: in in-place mode, as for :meth:`prepare`.
 
         Returns:
             Plain values: what :meth:`connect` returns, and version, commit_s, prepare_s, links,
@@ -185,7 +197,7 @@ class WeightSubscriber:
         try:
             self._life.begin_flip(version)
             try:
-                self._flip(connection, version, timeout_s)
+                self._flip(connection, version, timeout_s, verify)
             except BaseException:
                 self._life.fail_flip()
                 raise
@@ -202,12 +214,10 @@ class WeightSubscriber:
             "links": connection.describe_links(),
         }
 
-    def _flip(self, connection: Connection, version: int, timeout_s: float) -> None:
+    def _flip(self, connection: Connection, version: int, timeout_s: float, verify: str | None) -> None:
         if connection.is_in_place:
-            # The last point at which a version that is gone costs nothing.
-            connection.client.check_version(version)
-            self._life.begin_write()
-            connection.read(version, timeout_s, _wanted_throughout)
+            # Taking the lease is the last point at which a version that is gone costs nothing.
+            connection.read(version, timeout_s, self._life.begin_write, verify)
         self._life.begin_write()
         if connection.landing.reload_buffers:
             self._model.load(list(connection.landing.reload_buffers.items()))
@@ -291,7 +301,3 @@ class WeightSubscriber:
         if self._connection is None:
             raise NotConnectedError(operation)
         return self._connection
-
-
-def _wanted_throughout() -> None:
-    """An in-place read is not given up half-way: what it has written would remain."""

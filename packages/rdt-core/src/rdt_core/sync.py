@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from rdt_core import observer, ray_session, tracing
@@ -140,6 +141,7 @@ class WeightSync:
         version: int,
         *,
         mode: str | None = None,
+        verify: str | None = None,
         kv_cache: str = "recompute",
         timeout_s: float = 120.0,
     ) -> SyncReport:
@@ -153,6 +155,8 @@ class WeightSync:
             version: as given to ``publisher.publish``; greater than the last one.
             mode: from this update on, ``"staged"`` or ``"inplace"`` for all engines; those connected in the
                 other one are connected again first, which takes seconds. By default each rank's own.
+            verify: ``"digest"`` compares what every rank read with what the trainer ranks hold then, so that
+                a write in mid-read without a word to us is an error. Reads the bytes once more on each side.
             kv_cache: ``"recompute"`` drops what the old weights left in the KV cache and recomputes running
                 requests; ``"keep"`` leaves it.
             timeout_s: for each phase, in seconds.
@@ -173,12 +177,14 @@ class WeightSync:
             raise InvalidVersionError(version)
         if version <= self._version:
             raise StaleVersionError(version, self._version, "synced")
+        if verify not in (None, "digest"):
+            raise ConfigError(f"verify {verify!r} is not 'digest'. Leave it out to trust the trainer.")
         if mode not in (None, STAGED, INPLACE):
             raise ConfigError(f"mode {mode!r} is neither {STAGED!r} nor {INPLACE!r}. Leave it out.")
         progress = _Progress(version)
         try:
             with tracing.span("rdt.sync", group=self._group, version=version):
-                report = self._run_phases(progress, mode, kv_cache, timeout_s)
+                report = self._run_phases(progress, mode, _Options(kv_cache, verify, timeout_s))
         except RdtError as error:
             failure = progress.failure(error)
             observer.tell(self._observers, lambda told: told.on_failed(self._group, failure))
@@ -256,19 +262,17 @@ class WeightSync:
     ) -> None:
         self.close()
 
-    def _run_phases(
-        self, progress: _Progress, mode: str | None, kv_cache: str, timeout_s: float
-    ) -> SyncReport:
+    def _run_phases(self, progress: _Progress, mode: str | None, options: _Options) -> SyncReport:
         version = progress.version
         with progress.enter("publish_wait"):
-            self._client.wait_published(version, timeout_s)
+            self._client.wait_published(version, options.timeout_s)
         with progress.enter("prepare"):
             if mode is not None:
                 self._ensure_mode(mode)
             behind = [engine for engine in self._engines if self._held.get(engine.url, 0) < version]
-            self._prepare_all(behind, version, timeout_s)
+            self._prepare_all(behind, version, options)
         with progress.enter("commit"):
-            answers = self._commit_all(behind, version, kv_cache, timeout_s)
+            answers = self._commit_all(behind, version, options)
         return _make_report(progress, answers)
 
     def _connect_all(
@@ -299,9 +303,9 @@ class WeightSync:
 
         self._on_all(ensure)
 
-    def _prepare_all(self, engines: Sequence[EngineHttp], version: int, timeout_s: float) -> None:
-        attempt = f"{version}:{uuid.uuid4().hex}"
-        payload = {"version": version, "attempt": attempt, "timeout_s": timeout_s, **_trace_context()}
+    def _prepare_all(self, engines: Sequence[EngineHttp], version: int, options: _Options) -> None:
+        attempt, timeout_s = f"{version}:{uuid.uuid4().hex}", options.timeout_s
+        payload = {"version": version, "attempt": attempt, **options.for_reading()}
         members = [(e.url, int(rank["rank"])) for e in engines for rank in self._members[e.url]]
         try:
             self._each("prepare", payload, timeout_s, engines)
@@ -312,14 +316,14 @@ class WeightSync:
             raise
 
     def _commit_all(
-        self, engines: Sequence[EngineHttp], version: int, kv_cache: str, timeout_s: float
+        self, engines: Sequence[EngineHttp], version: int, options: _Options
     ) -> dict[str, dict[str, Any]]:
         answers: dict[str, dict[str, Any]] = {}
-        payload = {"version": version, "kv_cache": kv_cache, "timeout_s": timeout_s, **_trace_context()}
+        payload = {"version": version, "kv_cache": options.kv_cache, **options.for_reading()}
 
         def commit(engine: EngineHttp) -> None:
             try:
-                answers[engine.url] = engine.call("commit", payload, timeout_s=timeout_s + _MARGIN_S)
+                answers[engine.url] = engine.call("commit", payload, timeout_s=options.timeout_s + _MARGIN_S)
             except EngineError:
                 raise
             except RdtError as error:
@@ -369,6 +373,20 @@ def _raise_first_failure(version: int, outcomes: Mapping[tuple[str, int], Outcom
     for (url, rank), outcome in sorted(outcomes.items()):
         if outcome.error is not None:
             raise UpdateFailedError(version, "prepare", url, rank, str(outcome.error)) from outcome.error
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What an update was asked for."""
+
+    kv_cache: str
+    verify: str | None
+    timeout_s: float
+
+    def for_reading(self) -> dict[str, Any]:
+        """The part of a control request that says how to read."""
+        asked = {"timeout_s": self.timeout_s, **_trace_context()}
+        return asked if self.verify is None else {**asked, "verify": self.verify}
 
 
 class _Progress:
