@@ -150,3 +150,31 @@ def test_without_the_extra_one_sentence_says_what_to_install() -> None:
 
 def test_the_version_is_printed() -> None:
     assert run("--version").startswith("rdt 0.")
+
+
+def test_simulate_predicts_phases_and_compares_layouts(config: str, tmp_path: Path) -> None:
+    topology = tmp_path / "topology.toml"
+    topology.write_text("gpus_per_node = 4\nnics_per_node = 1\n")
+    arguments = ["simulate", config, "--trainer", "fsdp:dp=2", "--engine", "vllm:tp=2", "--engines", "4"]
+    arguments += ["--topology", str(topology), "--compare", "vllm:tp=4", "--compare", "megatron:tp=2"]
+    values = read_json(*arguments)
+    assert values["topology"]["nics_per_node"] == 1
+    assert [row["rank"] for row in values["engine_ranks"]] == [0, 1, 2, 3]
+    assert [case["layout"] for case in values["others"]] == [
+        "as asked, no fan-out",
+        "vllm:tp=4",
+        "megatron:tp=2",
+    ]
+    phases = [
+        values["prediction"][f"{name}_s"] for name in ("publish", "read", "fan_out", "commit", "coordination")
+    ]
+    assert values["prediction"]["total_s"] == pytest.approx(sum(phases))
+    shown = run(*arguments)
+    assert "the bottleneck" in shown
+    assert "What else" in shown
+
+
+def test_simulate_refuses_an_unknown_mode_and_engines_that_do_not_fit() -> None:
+    assert "auto, staged, inplace" in run("simulate", "--preset", "qwen3-0.6b", "--mode", "fast", code=2)
+    shown = run("simulate", "--preset", "qwen3-0.6b", "--engine", "vllm:tp=2", "--engines", "3", code=1)
+    assert "does not divide" in shown

@@ -24,6 +24,7 @@ PURE = (
     "rdt_core.planner",
     "rdt_core.recording",
     "rdt_core.region",
+    "rdt_core.simulator.predict",
     "rdt_core.sources",
     "rdt_core.wire",
 )

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import rdt_core
-from rdt_core.cli import manifest_command, plan_command
+from rdt_core.cli import manifest_command, plan_command, simulate_command
 from rdt_core.errors import RdtError
 
 
@@ -51,3 +51,4 @@ def root(
 
 app.command("manifest")(manifest_command.run)
 app.command("plan")(plan_command.run)
+app.command("simulate")(simulate_command.run)

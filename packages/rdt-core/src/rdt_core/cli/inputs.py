@@ -33,6 +33,11 @@ def parse_engine(text: str) -> LayoutSpec:
     return _parse(text, ENGINES)
 
 
+def parse_layout(text: str) -> LayoutSpec:
+    """For typer: a layout of either side, or a usage error."""
+    return _parse(text, {**TRAINERS, **ENGINES})
+
+
 def _parse(text: str, kinds: Mapping[str, tuple[str, ...]]) -> LayoutSpec:
     try:
         return parse_spec(text, kinds)
