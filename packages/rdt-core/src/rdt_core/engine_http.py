@@ -1,32 +1,48 @@
-"""The driver's side of the ``/rdt/*`` routes."""
+"""The driver's side of the ``/rdt/*`` routes.
+
+The standard library's client, over connections that are kept: a request takes a third of the time that a
+full client library needs for it, and two of them lie on the way of every sync.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
-import httpx
+import http.client
+import json
+import select
+import socket
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from rdt_core.error_wire import from_wire
 from rdt_core.errors import EngineRefusedError, EngineUnreachableError
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 _CONNECT_TIMEOUT_S = 5.0
 _MAX_DETAIL = 300
+_KINDS: dict[str, type[http.client.HTTPConnection]] = {
+    "http": http.client.HTTPConnection,
+    "https": http.client.HTTPSConnection,
+}
 
 
 class EngineHttp:
-    """One engine server, by its URL. Close it when done.
+    """One engine server, by its URL. Any thread may call. Close it when done.
 
     Args:
-        url: ``http://host:port``, without a path.
+        url: ``http://host:port`` or ``https://...``.
         api_key: sent as a bearer token; never logged, never in an error.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
         self.url = url.rstrip("/")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx.Client(base_url=self.url, headers=headers, trust_env=False)
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._idle: list[http.client.HTTPConnection] = []
 
-    def call(self, method: str, payload: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
+    def call(self, method: str, payload: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
         """POST ``/rdt/<method>`` (GET for ``status``) and return the answer's JSON.
 
         Raises:
@@ -34,28 +50,64 @@ class EngineHttp:
             EngineRefusedError: it answered an error of another kind.
             EngineUnreachableError: it did not answer within ``timeout_s`` seconds.
         """
-        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
+        body = None if method == "status" else json.dumps(payload).encode()
         try:
-            if method == "status":
-                response = self._client.get("/rdt/status", timeout=timeout)
-            else:
-                response = self._client.post(f"/rdt/{method}", json=payload, timeout=timeout)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            connection = self._take(timeout_s)
+            status, answer = self._exchange(connection, f"/rdt/{method}", body)
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise EngineUnreachableError(self.url, f"{type(error).__name__} {error}".strip()) from error
-        return self._parse(response)
+        return self._parse(status, answer)
 
-    def _parse(self, response: httpx.Response) -> dict[str, Any]:
+    def _take(self, timeout_s: float) -> http.client.HTTPConnection:
+        """A connection that is open, as far as one can tell; servers close those that they find idle."""
+        while self._idle:
+            connection = self._idle.pop()
+            if not select.select([connection.sock], [], [], 0)[0]:
+                connection.sock.settimeout(timeout_s)
+                return connection
+            connection.close()
+        where = urlsplit(self.url)
+        if where.scheme not in _KINDS:
+            raise ValueError("its URL begins with neither http:// nor https://")
+        connection = _KINDS[where.scheme](
+            where.hostname or "", where.port, timeout=min(timeout_s, _CONNECT_TIMEOUT_S)
+        )
+        connection.connect()
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sock.settimeout(timeout_s)
+        return connection
+
+    def _exchange(
+        self, connection: http.client.HTTPConnection, route: str, body: bytes | None
+    ) -> tuple[int, bytes]:
         try:
-            body = response.json()
+            prefix = urlsplit(self.url).path
+            connection.request("GET" if body is None else "POST", prefix + route, body, self._headers)
+            response = connection.getresponse()
+            answer = response.read()
+        except BaseException:
+            connection.close()
+            raise
+        if response.will_close:
+            connection.close()
+        else:
+            self._idle.append(connection)
+        return response.status, answer
+
+    def _parse(self, status: int, answer: bytes) -> dict[str, Any]:
+        try:
+            body = json.loads(answer)
         except ValueError:
             body = None
-        if response.is_success and isinstance(body, dict):
+        if status == http.client.OK and isinstance(body, dict):
             return body
         if isinstance(body, dict) and isinstance(body.get("error"), dict) and "type" in body["error"]:
             raise from_wire(body["error"])
-        detail = body.get("detail") if isinstance(body, dict) and "detail" in body else response.text
-        raise EngineRefusedError(self.url, response.status_code, str(detail)[:_MAX_DETAIL])
+        has_detail = isinstance(body, dict) and "detail" in body
+        detail = body["detail"] if has_detail else answer.decode(errors="replace")
+        raise EngineRefusedError(self.url, status, str(detail)[:_MAX_DETAIL])
 
     def close(self) -> None:
         """Close the connections. Idempotent."""
-        self._client.close()
+        while self._idle:
+            self._idle.pop().close()
