@@ -49,8 +49,7 @@ def test_an_observer_is_told_of_connect_syncs_failures_and_close(group: LocalGro
 def test_a_failure_names_the_phase_the_engine_the_rank_and_the_reason(group: LocalGroup) -> None:
     notes = Notes()
     with group.serve_engine() as engine, group.connect(engine, observers=[notes]) as sync:
-        for export in group.trainers[1].publisher._exports.values():
-            export.close()
+        group.trainers[1].publisher._exports.close()
         with pytest.raises(UpdateFailedError):
             sync.update(group.write_and_publish())
     ((_, failure),) = notes.of("failed")

@@ -31,15 +31,17 @@ TIMEOUT_S = 60.0
 
 @pytest.fixture(scope="module")
 def shared_world() -> Iterator[World]:
-    world = make_world()
-    yield world
-    world.close()
+    with pytest.MonkeyPatch.context() as patch:
+        # Before the ranks attach, since a manifest says which transports a rank offers.
+        patch.setitem(transports._FACTORIES, gated.NAME, "tests.contract.gated:GatedTransport")
+        world = make_world()
+        yield world
+        world.close()
 
 
 @pytest.fixture
-def world(shared_world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def world(shared_world: World) -> Iterator[World]:
     """Two attached trainer ranks, and a gated transport for their readers."""
-    monkeypatch.setitem(transports._FACTORIES, gated.NAME, "tests.contract.gated:GatedTransport")
     gated.reset()
     yield shared_world
     gated.reset()

@@ -56,6 +56,7 @@ EXAMPLES: dict[str, tuple[object, ...]] = {
     "SupersededError": (3, 4),
     "TransportError": ("bytes did not arrive",),
     "TransportUnavailableError": ("nixl", "no agent", "Install nixl."),
+    "TransportLiesError": ("yr", 2, "left its targets as they were"),
     "SourceDiedError": (2, "exit code 9"),
     "PullTimeoutError": (2, 60.0),
     "EngineError": ("an engine failed",),

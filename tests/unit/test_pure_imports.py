@@ -7,6 +7,7 @@ import pytest
 
 PURE = (
     "rdt_core",
+    "rdt_core.choice",
     "rdt_core.coverage",
     "rdt_core.direct",
     "rdt_core.dtypes",

@@ -8,15 +8,17 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rdt_core import choice
+from rdt_core.coordinator import reader_name
 from rdt_core.describe import node_name
 from rdt_core.digest import digest_bytes
 from rdt_core.direct import aim_directly
 from rdt_core.errors import RdtError, ShapeError, TornReadError
 from rdt_core.free_memory import measure_free_bytes
 from rdt_core.landing import RELOAD_PREFIX, Landing, engine_manifest, make_landing
+from rdt_core.links import LinkPlan, OpenLinks, Reader, open_links
 from rdt_core.mode import AUTO, INPLACE, choose_mode
 from rdt_core.planner import build_plan
-from rdt_core.transports import make_transport
 from rdt_core.wire import manifest_from_bytes
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from rdt_core.manifest import Manifest, TensorSpec
     from rdt_core.plan import Plan
     from rdt_core.recording import Recording
-    from rdt_core.transports.base import Link
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,7 @@ class ConnectRequest:
         engine: the engine's identity among the group's engines; its URL by default.
         ray_address: ``host:port`` of the cluster's GCS, or ``"auto"``.
         ray_auth_mode: the driver's ``RAY_AUTH_MODE``; never a token.
-        transport: name of the transport to use.
+        transport: name of the transport to force, or ``"auto"``.
         mode: ``"staged"``, ``"inplace"``, or ``"auto"``: staged if its landing memory fits.
         timeout_s: for each wait of the connect, in seconds.
     """
@@ -48,7 +49,7 @@ class ConnectRequest:
     engine: str
     ray_address: str = ""
     ray_auth_mode: str = ""
-    transport: str = "nixl"
+    transport: str = choice.AUTO
     mode: str = AUTO
     timeout_s: float = 60.0
 
@@ -65,7 +66,7 @@ class Connection:
     plan: Plan
     mode: str
     landing: Landing
-    links: dict[int, Link]
+    links: OpenLinks
     lock: threading.Lock = field(default_factory=threading.Lock)
     read_s: float = 0.0
     read_started_unix_s: float = 0.0
@@ -106,7 +107,7 @@ class Connection:
     def _pull(self, version: int, timeout_s: float, before_pull: Callable[[], None]) -> None:
         started, self.read_started_unix_s = time.perf_counter(), time.time()
         deadline = time.monotonic() + timeout_s
-        for trainer_rank, link in self.links.items():
+        for trainer_rank, link in self.links.by_rank.items():
             before_pull()
             pull_started, pull_started_unix_s = time.perf_counter(), time.time()
             link.pull(version, timeout_s=max(0.001, deadline - time.monotonic()))
@@ -115,9 +116,9 @@ class Connection:
         self.read_s = time.perf_counter() - started
 
     def _compare_digests(self, version: int, timeout_s: float) -> None:
-        reader = {"reader": reader_name(self.request, self.engine_rank)}
-        held = self.client.ask("digest_reads", dict.fromkeys(self.links, reader), timeout_s)
-        for trainer_rank in self.links:
+        reader = {"reader": reader_name(self.request.engine, self.engine_rank)}
+        held = self.client.ask("digest_reads", dict.fromkeys(self.links.by_rank, reader), timeout_s)
+        for trainer_rank in self.links.by_rank:
             targets = self.landing.targets(self.plan.reads_from(trainer_rank))
             if held[trainer_rank] != [digest_bytes(target) for target in targets]:
                 raise TornReadError(version, trainer_rank)
@@ -131,9 +132,7 @@ class Connection:
         """Close the links if the connection is closed and nobody reads. Called by whoever ends a read."""
         if self.is_closed and self.lock.acquire(blocking=False):
             try:
-                for link in self.links.values():
-                    link.close()
-                self.links.clear()
+                self.links.close()
             finally:
                 self.lock.release()
 
@@ -149,7 +148,7 @@ class Connection:
             "num_reads": self.plan.num_reads,
             "landing_nbytes": self.landing.nbytes,
             "reload": dict(self.recording.reload),
-            "trainers": dict.fromkeys(self.links, self.request.transport),
+            **self.links.describe(),
         }
 
     def describe_links(self) -> list[dict[str, Any]]:
@@ -157,7 +156,7 @@ class Connection:
         return [
             {
                 "trainer_rank": rank,
-                "transport": self.request.transport,
+                "transport": self.links.choices[rank].transport,
                 "nbytes": sum(read.nbytes for read in self.plan.reads_from(rank)),
                 "num_reads": len(self.plan.reads_from(rank)),
                 "started_unix_s": started_unix_s,
@@ -202,7 +201,7 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
         plan=plan,
         mode=mode,
         landing=landing,
-        links=_open_links(request, client, model.rank, plan, landing),
+        links=_open_links(request, client, model, manifests, plan, landing),
     )
 
 
@@ -221,30 +220,28 @@ def aim_in_place(plan: Plan, recording: Recording) -> Plan:
 
 
 def _open_links(
-    request: ConnectRequest, client: CoordinatorClient, engine_rank: int, plan: Plan, landing: Landing
-) -> dict[int, Link]:
-    transport = make_transport(request.transport)
-    asked = {
-        rank: {
-            "reader": reader_name(request, engine_rank),
-            "transport": request.transport,
-            "ranges": [(read.window, read.offset_bytes, read.nbytes) for read in plan.reads_from(rank)],
-        }
+    request: ConnectRequest,
+    client: CoordinatorClient,
+    model: EngineModel,
+    trainers: Sequence[Manifest],
+    plan: Plan,
+    landing: Landing,
+) -> OpenLinks:
+    reader = Reader(
+        engine=request.engine,
+        rank=model.rank,
+        device=model.device,
+        forced=request.transport,
+        timeout_s=request.timeout_s,
+    )
+    planned = {
+        rank: LinkPlan(
+            ranges=[(read.window, read.offset_bytes, read.nbytes) for read in plan.reads_from(rank)],
+            targets=landing.targets(plan.reads_from(rank)),
+        )
         for rank in plan.trainer_ranks
     }
-    tickets = client.ask("export", asked, request.timeout_s)
-    links: dict[int, Link] = {}
-    with contextlib.ExitStack() as opened:
-        for rank, ticket in sorted(tickets.items()):
-            links[rank] = transport.open(ticket, landing.targets(plan.reads_from(rank)), trainer_rank=rank)
-            opened.callback(links[rank].close)
-        opened.pop_all()
-    return links
-
-
-def reader_name(request: ConnectRequest, engine_rank: int) -> str:
-    """Under which a trainer rank keeps what it exports to one engine rank."""
-    return f"{request.engine}#{engine_rank}"
+    return open_links(reader, client, trainers, planned)
 
 
 def merge_specs(manifests: Sequence[Manifest]) -> dict[str, TensorSpec]:

@@ -48,8 +48,8 @@ class TrainerTask:
 
     Args:
         number: identifies the answer.
-        kind: ``"export"`` (payload: reader, transport name and byte ranges), ``"digest"`` (payload: dtype by
-            tensor) or ``"digest_reads"`` (payload: reader, whose byte ranges are digested).
+        kind: ``"probe"``, ``"export"``, ``"digest_reads"`` and ``"drop"``, all of which name a reader
+            (:mod:`rdt_core.exports`), or ``"digest"`` (payload: dtype by tensor).
         payload: plain values.
     """
 
@@ -262,9 +262,13 @@ class Coordinator:
         await self._notify()
 
     async def leave(self, engine: str, rank: int) -> None:
-        """An engine rank disconnects."""
+        """An engine rank disconnects; trainer ranks drop what they export to it."""
         self._engines.pop((engine, rank), None)
         self._prepared.pop((engine, rank), None)
+        for trainer in self._trainers.values():
+            trainer.tasks.append(
+                TrainerTask(next(self._numbers), "drop", {"reader": reader_name(engine, rank)})
+            )
         await self._notify()
 
     async def report_prepared(self, engine: str, rank: int, attempt: str, outcome: Outcome) -> None:
@@ -370,3 +374,8 @@ class Coordinator:
                 except TimeoutError:
                     continue
         return True
+
+
+def reader_name(engine: str, rank: int) -> str:
+    """Under which trainer ranks keep an engine rank's exports."""
+    return f"{engine}#{rank}"

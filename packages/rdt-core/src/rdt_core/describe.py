@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rdt_core.manifest import Manifest, Shard, TensorSpec, Window
+from rdt_core.transports.offers import offered_transports
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -77,13 +78,15 @@ def describe_trainer(local: LocalShards) -> Described:
         shards += [
             _shard_in(name, shard, first - start) for shard, (first, _) in zip(members, spans, strict=True)
         ]
+    device = str(local.shards[0].data.device) if local.shards else "cpu"
     return Described(
         Manifest(
             side="trainer",
             rank=local.rank,
             world_size=local.world_size,
             node=node_name(),
-            device=str(local.shards[0].data.device) if local.shards else "cpu",
+            device=device,
+            transports=offered_transports(device),
             windows={name: Window(name, flat.numel()) for name, flat in windows.items()},
             tensors={shard.spec.name: shard.spec for shard in local.shards},
             shards=tuple(shards),

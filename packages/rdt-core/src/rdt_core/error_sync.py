@@ -119,6 +119,19 @@ class TransportUnavailableError(TransportError):
         )
 
 
+class TransportLiesError(TransportError):
+    """A transport reported success and brought other bytes than the trainer's. Found by the probe."""
+
+    def __init__(self, transport: str, trainer_rank: int, fault: str) -> None:
+        self.transport, self.trainer_rank, self.fault = transport, trainer_rank, fault
+        super().__init__(
+            f"transport {transport!r} {fault} when it was tried with trainer rank {trainer_rank}, and "
+            "reported success. Nothing was synced; force another transport (RDT_TRANSPORT) and report this "
+            "one with its version.",
+            (transport, trainer_rank, fault),
+        )
+
+
 class SourceDiedError(TransportError):
     """The process that held the bytes ended before or during a read."""
 

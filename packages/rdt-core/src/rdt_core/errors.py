@@ -38,6 +38,7 @@
     |   `-- SupersededError
     |-- TransportError              bytes did not arrive
     |   |-- TransportUnavailableError
+    |   |-- TransportLiesError
     |   |-- SourceDiedError
     |   `-- PullTimeoutError
     |-- EngineError                 an engine refused or failed
@@ -102,6 +103,7 @@ from rdt_core.error_sync import (
     SupersededError,
     TornReadError,
     TransportError,
+    TransportLiesError,
     TransportUnavailableError,
     UpdateFailedError,
     VersionError,
@@ -143,6 +145,7 @@ __all__ = [
     "SupersededError",
     "TornReadError",
     "TransportError",
+    "TransportLiesError",
     "TransportUnavailableError",
     "UncoveredParameterError",
     "UnknownDtypeError",

@@ -78,6 +78,7 @@ class Manifest:
         world_size: number of ranks on its own side.
         node: identifies the host, to prefer near replicas.
         device: ``"cpu"``, ``"cuda:0"``, ...
+        transports: names of those that this process can use for that device.
         windows: by name.
         tensors: specs of every tensor named by a shard, global shapes. On the engine side the dtype is
             the trainer's, as the engine was told it.
@@ -89,6 +90,7 @@ class Manifest:
     world_size: int
     node: str
     device: str
+    transports: tuple[str, ...] = ()
     windows: Mapping[str, Window] = field(default_factory=dict)
     tensors: Mapping[str, TensorSpec] = field(default_factory=dict)
     shards: tuple[Shard, ...] = ()

@@ -14,7 +14,7 @@ from rdt_core import ray_session
 from rdt_core.client import CoordinatorClient, RayChannel
 from rdt_core.coordinator import Outcome, TrainerTask
 from rdt_core.describe import describe_trainer
-from rdt_core.digest import RegionDigest, digest_bytes, digest_region
+from rdt_core.digest import RegionDigest, digest_region
 from rdt_core.errors import (
     ClosedError,
     CoordinatorLostError,
@@ -26,16 +26,15 @@ from rdt_core.errors import (
     WindowMovedError,
     WireFormatError,
 )
-from rdt_core.transports import make_transport
+from rdt_core.exports import Exports
 from rdt_core.wire import manifest_to_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
     from rdt_core.client import Channel
     from rdt_core.local_shards import LocalShard, LocalShards
-    from rdt_core.transports.base import Export, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -56,17 +55,12 @@ class WeightPublisher:
         self._described = describe_trainer(local)
         self._addresses = tuple(shard.data.data_ptr() for shard in local.shards)
         self._instance = uuid.uuid4().hex
-        self._transports: dict[str, Transport] = {}
-        self._exports: dict[str, Export] = {}
-        self._views: dict[str, list[torch.Tensor]] = {}
-        # Held while exports are refreshed: by publish, and by the service thread for a new one, so that an
-        # export that comes while a version is published does not miss it.
-        self._refreshing = threading.Lock()
         self._is_closed = threading.Event()
         self._settle: Callable[[], None] = _nothing
         self._version = client.attach(
             local.rank, local.world_size, self._instance, manifest_to_bytes(self._described.manifest)
         )
+        self._exports = Exports(self._described.windows, self._described.manifest.device, self._version)
         self._thread = threading.Thread(target=self._serve, name=f"rdt-publisher-{local.rank}", daemon=True)
         self._thread.start()
 
@@ -142,8 +136,9 @@ class WeightPublisher:
         if self._described.manifest.device.startswith("cuda"):
             torch.cuda.synchronize(self._described.manifest.device)
         self._settle()
-        self._refresh(version)
+        self._exports.refresh(version)
         self._settle = self._client.start_publish(self._local.rank, self._instance, version)
+        self._version = version
 
     def release(self, *, timeout_s: float = 30.0) -> None:
         """Take back what was published, before it is written again. Idempotent.
@@ -186,9 +181,7 @@ class WeightPublisher:
             return
         self._is_closed.set()
         self._thread.join(_JOIN_TIMEOUT_S)
-        for export in self._exports.values():
-            export.close()
-        self._exports.clear()
+        self._exports.close()
         try:
             self._settle()
             self._client.detach(self._local.rank, self._instance)
@@ -208,13 +201,6 @@ class WeightPublisher:
             if before != now:
                 raise WindowMovedError(shard.owner, self._local.rank)
 
-    def _refresh(self, version: int) -> None:
-        """Let every export hold ``version``. The place for whatever must precede a reader of this version."""
-        with self._refreshing:
-            for export in self._exports.values():
-                export.refresh(version)
-            self._version = version
-
     def _serve(self) -> None:
         """Body of the service thread: fetch tasks and answer them until the publisher is closed."""
         while not self._is_closed.is_set():
@@ -230,13 +216,8 @@ class WeightPublisher:
 
     def _carry_out(self, task: TrainerTask) -> Outcome:
         try:
-            if task.kind == "export":
-                return Outcome(self._export(task.payload))
-            if task.kind == "digest":
-                return Outcome(self._digest(task.payload))
-            if task.kind == "digest_reads":
-                views = self._views.get(str(task.payload["reader"]), [])
-                return Outcome([digest_bytes(view) for view in views])
+            if task.kind in self._answers:
+                return Outcome(self._answers[task.kind](task.payload))
         except RdtError as error:
             return Outcome(error=error)
         except Exception as error:
@@ -246,31 +227,16 @@ class WeightPublisher:
             return Outcome(error=RdtError(reason))
         return Outcome(error=WireFormatError("trainer task", f"unknown kind {task.kind!r}"))
 
-    def _export(self, payload: dict[str, Any]) -> object:
-        """Offer byte ranges to one engine rank; a later request of the same reader replaces the earlier."""
-        reader = str(payload["reader"])
-        with self._refreshing:
-            previous = self._exports.pop(reader, None)
-        if previous is not None:
-            previous.close()
-        if not payload["ranges"]:
-            return None
-        name = str(payload["transport"])
-        if name not in self._transports:
-            self._transports[name] = make_transport(name)
-        views = [
-            self._described.windows[window][offset : offset + nbytes]
-            for window, offset, nbytes in payload["ranges"]
-        ]
-        export = self._transports[name].export(views)
-        with self._refreshing:
-            try:
-                export.refresh(self._version)
-            except BaseException:
-                export.close()
-                raise
-            self._exports[reader], self._views[reader] = export, views
-        return export.ticket
+    @property
+    def _answers(self) -> Mapping[str, Callable[[Any], object]]:
+        """How to carry out each kind of task."""
+        return {
+            "digest": self._digest,
+            "digest_reads": self._exports.digest,
+            "drop": self._exports.drop,
+            "export": self._exports.open,
+            "probe": self._exports.probe,
+        }
 
     def _digest(self, dtypes: dict[str, str]) -> list[RegionDigest]:
         """Digest every local shard of the given tensors, in the dtype the engine holds them in."""

@@ -68,7 +68,8 @@ class WeightSubscriber:
 
         Returns:
             Plain values: rank, world_size, mode, num_tensors, nbytes, read_nbytes, num_reads,
-            landing_nbytes, reload, trainers, connect_s.
+            landing_nbytes, reload, trainers and reasons (which transport each trainer rank is read over, and
+            why), probe_s, connect_s.
 
         Raises:
             RdtError: the typed reason; see the README's table.
@@ -76,13 +77,15 @@ class WeightSubscriber:
         started = time.perf_counter()
         self.disconnect()
         client = self._reach(request)
-        connection = open_connection(request, client, self._model)
-        info = {**connection.describe(self._model), "connect_s": time.perf_counter() - started}
-        with contextlib.ExitStack() as opened:
-            opened.callback(connection.close)
+        with contextlib.ExitStack() as undo:
+            # Leaving is what makes trainer ranks drop what they export to this one, joined or not.
+            undo.callback(_leave, client, request.engine, self._model.rank)
+            connection = open_connection(request, client, self._model)
+            undo.callback(connection.close)
+            info = {**connection.describe(self._model), "connect_s": time.perf_counter() - started}
             session = client.session()
             client.join(request.engine, self._model.rank, info)
-            opened.pop_all()
+            undo.pop_all()
         self._life.connect(is_new_session=session != self._session)
         self._session, self._connection = session, connection
         logger.info(
@@ -280,10 +283,7 @@ class WeightSubscriber:
             return
         self._life.disconnect()
         connection.close()
-        try:
-            connection.client.leave(connection.request.engine, self._model.rank)
-        except (CoordinatorLostError, DeadlineError) as error:
-            logger.debug("left a group whose coordinator is gone: %s", error)
+        _leave(connection.client, connection.request.engine, self._model.rank)
 
     def _reach(self, request: ConnectRequest) -> CoordinatorClient:
         if self._channel is not None:
@@ -301,3 +301,11 @@ class WeightSubscriber:
         if self._connection is None:
             raise NotConnectedError(operation)
         return self._connection
+
+
+def _leave(client: CoordinatorClient, engine: str, rank: int) -> None:
+    """Leave a group, if it is still there."""
+    try:
+        client.leave(engine, rank)
+    except (CoordinatorLostError, DeadlineError) as error:
+        logger.debug("left a group whose coordinator is gone: %s", error)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from rdt_core import observer, ray_session, tracing
+from rdt_core import choice, observer, ray_session, settings, tracing
 from rdt_core.client import CoordinatorClient, RayChannel
 from rdt_core.digest import RegionDigest, add_digests
 from rdt_core.dtypes import itemsize_bytes
@@ -77,7 +77,7 @@ class WeightSync:
         engines: Sequence[str],
         *,
         api_key: str | None = None,
-        transport: str = "nixl",
+        transport: str = choice.AUTO,
         mode: str = AUTO,
         timeout_s: float = 120.0,
         observers: Sequence[SyncObserver] = (),
@@ -92,7 +92,8 @@ class WeightSync:
             group: the name under which the trainer ranks attached.
             engines: URLs of the engine servers, ``"http://127.0.0.1:8000"``.
             api_key: of the engine servers, if they have one.
-            transport: name of the transport for every link.
+            transport: name of the transport for every link; by default the one that ``RDT_TRANSPORT`` forces,
+                else for each link the best that both sides offer (:mod:`rdt_core.choice`).
             mode: ``"staged"`` reads beside the parameters while generation goes on; ``"inplace"`` needs no
                 memory for that, and holds generation while it reads into them; ``"auto"`` takes the first
                 in every engine rank with room for it.
@@ -107,6 +108,8 @@ class WeightSync:
             EngineUnreachableError: an address does not answer.
             EngineRefusedError: an engine was not started with ``--weight-sync rdt``, or wants a key.
             ModelMismatchError, PlanError: trainer and engine do not run the same model.
+            TransportUnavailableError: no transport fits a link.
+            TransportLiesError: a link brought other bytes than the trainer's.
         """
         if not engines or len(set(engines)) != len(engines):
             raise ConfigError(f"engines must be one or more different URLs, got {list(engines)!r}.")
@@ -119,7 +122,8 @@ class WeightSync:
         reached = [EngineHttp(url, api_key=api_key) for url in engines]
         sync = cls(client, reached, group=group, observers=observers)
         try:
-            sync._connect_all(where, transport, mode, timeout_s)
+            forced = transport if transport != choice.AUTO else settings.read_transport()
+            sync._connect_all(where, forced, mode, timeout_s)
         except RdtError:
             sync.close()
             raise

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 MAGIC = "rdt-manifest"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_MANIFEST_NBYTES = 64 * 2**20
 MAX_DIMS = 16
 MAX_NAME_NBYTES = 4096
@@ -104,6 +104,8 @@ def _values_of(manifest: Manifest) -> Iterator[str | int | tuple[int, ...]]:
     yield MAGIC
     yield FORMAT_VERSION
     yield from (manifest.side, manifest.rank, manifest.world_size, manifest.node, manifest.device)
+    yield len(manifest.transports)
+    yield from manifest.transports
     yield len(dtypes)
     yield from dtypes
     yield len(windows)
@@ -143,6 +145,7 @@ class _Reader:
             raise WireFormatError("manifest", f"format version {version}, expected {FORMAT_VERSION}")
         side, rank, world_size = self._read_text("side"), self._read_int("rank"), self._read_int("world size")
         node, device = self._read_text("node"), self._read_text("device")
+        transports = [self._read_text("transport") for _ in range(self._read_int("number of transports"))]
         dtypes = [self._read_text("dtype") for _ in range(self._read_int("number of dtypes"))]
         windows = [self._read_window() for _ in range(self._read_int("number of windows"))]
         tensors = [self._read_spec(dtypes) for _ in range(self._read_int("number of tensors"))]
@@ -159,6 +162,7 @@ class _Reader:
             world_size=world_size,
             node=node,
             device=device,
+            transports=tuple(transports),
             windows={window.name: window for window in windows},
             tensors={spec.name: spec for spec in tensors},
             shards=tuple(shards),

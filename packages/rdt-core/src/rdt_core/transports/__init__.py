@@ -17,6 +17,11 @@ _FACTORIES = {
 }
 
 
+def known_transports() -> list[str]:
+    """Names of all transports, whether or not this process can use them; sorted."""
+    return sorted(_FACTORIES)
+
+
 def make_transport(name: str) -> Transport:
     """The transport of that name, ready for this process.
 
@@ -25,7 +30,7 @@ def make_transport(name: str) -> Transport:
     """
     if name not in _FACTORIES:
         raise TransportUnavailableError(
-            name, "there is no such transport", f"Known are {sorted(_FACTORIES)}."
+            name, "there is no such transport", f"Known are {known_transports()}."
         )
     module, _, cls = _FACTORIES[name].partition(":")
     return cast("Transport", getattr(importlib.import_module(module), cls)())

@@ -24,7 +24,7 @@ class Export(Protocol):
     """A trainer rank's side of one (trainer rank, engine rank) pair.
 
     Attributes:
-        ticket: what the engine rank opens. Crosses processes inside Ray only, never over HTTP.
+        ticket: what the engine rank opens. Sent once; crosses processes inside Ray only, never over HTTP.
     """
 
     ticket: object

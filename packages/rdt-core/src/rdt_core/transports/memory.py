@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
+import uuid
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rdt_core.errors import SourceDiedError, TransportError
+from rdt_core.errors import SourceDiedError, TransportError, TransportUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,26 +26,33 @@ class _Board:
     def __init__(self) -> None:
         self._exports: weakref.WeakValueDictionary[int, MemoryExport] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
+        self._name = uuid.uuid4().hex
 
-    def add(self, export: MemoryExport) -> int:
+    @property
+    def process(self) -> str:
+        """Names this process; a forked child, which inherits the board, has another name."""
+        return f"{self._name}:{os.getpid()}"
+
+    def add(self, export: MemoryExport) -> MemoryTicket:
         with self._lock:
             number = next(_numbers)
             self._exports[number] = export
-            return number
+            return MemoryTicket(self.process, number)
 
     def find(self, number: int) -> MemoryExport | None:
         with self._lock:
             return self._exports.get(number)
 
 
-_board = _Board()
-
-
 @dataclass(frozen=True, slots=True)
 class MemoryTicket:
-    """Names an export of this process."""
+    """Names an export of one process."""
 
+    process: str
     number: int
+
+
+_board = _Board()
 
 
 class MemoryExport:
@@ -51,7 +60,7 @@ class MemoryExport:
 
     def __init__(self, views: Sequence[torch.Tensor]) -> None:
         self._views: tuple[torch.Tensor, ...] | None = tuple(views)
-        self.ticket = MemoryTicket(_board.add(self))
+        self.ticket: object = _board.add(self)
 
     @property
     def views(self) -> tuple[torch.Tensor, ...] | None:
@@ -113,4 +122,10 @@ class MemoryTransport:
         """Prepare to read an export of this process."""
         if not isinstance(ticket, MemoryTicket):
             raise TransportError(f"{ticket!r} is not a ticket of the memory transport.")
+        if ticket.process != _board.process:
+            raise TransportUnavailableError(
+                self.name,
+                f"trainer rank {trainer_rank} is another process",
+                "It serves tests inside one process; do not force it.",
+            )
         return MemoryLink(ticket.number, targets, trainer_rank)

@@ -1,0 +1,208 @@
+"""Opening an engine rank's links: a transport is chosen for each trainer rank, probed, and then aimed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rdt_core import settings
+from rdt_core.choice import AUTO, Endpoint, TransportChoice, choose_transport
+from rdt_core.coordinator import reader_name
+from rdt_core.describe import node_name
+from rdt_core.probe import ROUNDS, ProbeTarget
+from rdt_core.transports import make_transport
+from rdt_core.transports.offers import offered_transports
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+    from rdt_core.client import CoordinatorClient
+    from rdt_core.manifest import Manifest
+    from rdt_core.transports.base import Link, Transport
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """The engine rank whose links are opened.
+
+    Args:
+        engine: the engine's identity in the group.
+        rank: of the worker in its engine.
+        device: of its landing memory.
+        forced: a transport's name, or ``AUTO``.
+        timeout_s: for each wait, in seconds.
+    """
+
+    engine: str
+    rank: int
+    device: torch.device
+    forced: str
+    timeout_s: float
+
+    @property
+    def name(self) -> str:
+        """Under which trainer ranks keep this reader's exports."""
+        return reader_name(self.engine, self.rank)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkPlan:
+    """One link to open.
+
+    Args:
+        ranges: (window, byte offset, bytes) in the trainer rank's memory, one a read.
+        targets: where they land, in the same order.
+    """
+
+    ranges: Sequence[tuple[str, int, int]]
+    targets: Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenLinks:
+    """All links of an engine rank, by trainer rank.
+
+    Args:
+        by_rank: the links, to pull.
+        choices: which transport each uses, and why.
+        probe_s: what probing all of them took.
+    """
+
+    by_rank: dict[int, Link]
+    choices: Mapping[int, TransportChoice]
+    probe_s: float
+
+    def __len__(self) -> int:
+        return len(self.by_rank)
+
+    def close(self) -> None:
+        """Close every link and forget it, which lets go of the memory it was aimed at. Idempotent."""
+        for link in self.by_rank.values():
+            link.close()
+        self.by_rank.clear()
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for the connect's answer and ``status``: trainers, reasons, probe_s."""
+        return {
+            "trainers": {rank: choice.transport for rank, choice in self.choices.items()},
+            "reasons": {rank: choice.reason for rank, choice in self.choices.items()},
+            "probe_s": self.probe_s,
+        }
+
+
+def open_links(
+    reader: Reader,
+    client: CoordinatorClient,
+    trainers: Sequence[Manifest],
+    planned: Mapping[int, LinkPlan],
+) -> OpenLinks:
+    """Open a probed link to each trainer rank of a plan. Called in the engine worker, by its connect.
+
+    Blocks for two rounds of a few kilobytes a link, and for the registration of all memory. Leaves nothing
+    open when it fails.
+
+    Args:
+        reader: this rank.
+        client: of the group.
+        trainers: manifests of all trainer ranks.
+        planned: what to read, by trainer rank.
+
+    Raises:
+        TransportUnavailableError: no transport fits a link, or the forced one is not offered.
+        TransportLiesError: a transport brought other bytes than the trainer's.
+        TransportError, MissingTrainerRankError: a link cannot be opened.
+    """
+    choices = _choose_all(reader, {manifest.rank: manifest for manifest in trainers}, planned)
+    transports = {name: make_transport(name) for name in {choice.transport for choice in choices.values()}}
+    by_rank = {rank: transports[choice.transport] for rank, choice in choices.items()}
+    started = time.perf_counter()
+    _probe_all(reader, client, by_rank)
+    probe_s = time.perf_counter() - started
+    with contextlib.ExitStack() as opened:
+        links = _open_all(reader, client, by_rank, planned, opened)
+        opened.pop_all()
+    return OpenLinks(by_rank=links, choices=choices, probe_s=probe_s)
+
+
+def _choose_all(
+    reader: Reader, trainers: Mapping[int, Manifest], planned: Mapping[int, LinkPlan]
+) -> dict[int, TransportChoice]:
+    forced = reader.forced if reader.forced != AUTO else settings.read_transport()
+    device = str(reader.device)
+    engine = Endpoint(f"engine rank {reader.rank}", node_name(), device, offered_transports(device))
+    choices = {}
+    for rank in sorted(planned):
+        side = trainers[rank]
+        trainer = Endpoint(f"trainer rank {rank}", side.node, side.device, side.transports)
+        choices[rank] = choose_transport(trainer, engine, forced)
+        if choices[rank].is_second_best:
+            logger.warning(
+                "engine rank %d reads trainer rank %d over %s: %s",
+                reader.rank,
+                rank,
+                choices[rank].transport,
+                choices[rank].reason,
+            )
+    return choices
+
+
+def _probe_all(reader: Reader, client: CoordinatorClient, transports: Mapping[int, Transport]) -> None:
+    """Both rounds over every link. The trainer ranks drop their scratch buffers when they get real ranges."""
+    with contextlib.ExitStack() as opened:
+        targets: dict[int, ProbeTarget] = {}
+        for version in ROUNDS:
+            secret = secrets.token_hex(16)
+            tickets = _ask_probe(reader, client, transports, secret, version)
+            for rank, ticket in sorted(tickets.items()):
+                if rank not in targets:
+                    targets[rank] = ProbeTarget(
+                        transports[rank],
+                        ticket,
+                        reader.device,
+                        trainer_rank=rank,
+                        timeout_s=reader.timeout_s,
+                    )
+                    opened.callback(targets[rank].close)
+                targets[rank].check(secret, version)
+
+
+def _ask_probe(
+    reader: Reader, client: CoordinatorClient, transports: Mapping[int, Transport], secret: str, version: int
+) -> dict[int, Any]:
+    asked = {
+        rank: {"reader": reader.name, "transport": transport.name, "secret": secret, "version": version}
+        for rank, transport in transports.items()
+    }
+    return client.ask("probe", asked, reader.timeout_s)
+
+
+def _open_all(
+    reader: Reader,
+    client: CoordinatorClient,
+    transports: Mapping[int, Transport],
+    planned: Mapping[int, LinkPlan],
+    opened: contextlib.ExitStack,
+) -> dict[int, Link]:
+    """A link to every trainer rank; ``opened`` closes them if a later one fails."""
+    asked = {
+        rank: {
+            "reader": reader.name,
+            "transport": transport.name,
+            "ranges": [tuple(part) for part in planned[rank].ranges],
+        }
+        for rank, transport in transports.items()
+    }
+    tickets = client.ask("export", asked, reader.timeout_s)
+    links: dict[int, Link] = {}
+    for rank, ticket in sorted(tickets.items()):
+        links[rank] = transports[rank].open(ticket, planned[rank].targets, trainer_rank=rank)
+        opened.callback(links[rank].close)
+    return links

@@ -1,0 +1,146 @@
+"""Real bytes over a link before its first sync, so that a transport that brings wrong ones is refused.
+
+A trainer rank exports a scratch buffer, never a parameter, through the transport object that its real
+exports will use, and fills it with bytes that both sides can compute. The engine rank pulls them, compares
+every byte, and does the same again after the trainer has written others: what brought old bytes, none, or
+bytes beside the targets shows itself in one of the two rounds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from rdt_core.errors import TransportLiesError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rdt_core.transports.base import Export, Link, Transport
+
+ROUNDS = (1, 2)
+"""The versions that a probe publishes and pulls, in order."""
+
+SIZES = (2, 4098, 65_536)
+"""Bytes of the views: the smallest element there is, more than a page by one element, and many pages."""
+
+_GAP_NBYTES = 64
+_UNTOUCHED = 0xA5
+
+
+class ProbeSource:
+    """A trainer rank's side of one link's probe. Used in the publisher's service thread only.
+
+    Args:
+        transport: that the link will use.
+        device: where the parameters are.
+    """
+
+    def __init__(self, transport: Transport, device: str) -> None:
+        self._views = _views(_blank(torch.device(device)))
+        self._export: Export = transport.export(self._views)
+        self._is_ticket_given = False
+
+    def write(self, secret: str, version: int) -> object:
+        """Fill the scratch buffer with the bytes of this round and refresh.
+
+        Returns:
+            The ticket in the first round, then None: Ray forgets the targets of a ref that arrives again.
+        """
+        for view, expected in zip(self._views, _expected(secret), strict=True):
+            # From pageable memory: this returns when the bytes are on the device.
+            view.copy_(expected)
+        self._export.refresh(version)
+        ticket = None if self._is_ticket_given else self._export.ticket
+        self._is_ticket_given = True
+        return ticket
+
+    def close(self) -> None:
+        """Stop offering the buffer. Idempotent."""
+        self._export.close()
+
+
+class ProbeTarget:
+    """An engine rank's side of one link's probe. Used in the thread that connects.
+
+    Args:
+        transport: that the link will use.
+        ticket: from :meth:`ProbeSource.write`.
+        device: where the landing memory is.
+        trainer_rank: named in errors.
+        timeout_s: for each pull, in seconds.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        ticket: object,
+        device: torch.device,
+        *,
+        trainer_rank: int,
+        timeout_s: float,
+    ) -> None:
+        self._buffer = _blank(device)
+        self._name, self._trainer_rank, self._timeout_s = transport.name, trainer_rank, timeout_s
+        self._link: Link = transport.open(ticket, _views(self._buffer), trainer_rank=trainer_rank)
+        self._before: list[torch.Tensor] = []
+
+    def check(self, secret: str, version: int) -> None:
+        """Pull one round and compare every byte of the targets and around them.
+
+        Raises:
+            TransportLiesError: the pull returned, and some byte is not what it should be.
+            TransportError: the pull failed.
+        """
+        self._buffer.fill_(_UNTOUCHED)
+        self._link.pull(version, timeout_s=self._timeout_s)
+        landed, expected = self._buffer.cpu(), _expected(secret)
+        fault = _find_fault(landed, expected, self._before)
+        if fault is not None:
+            raise TransportLiesError(self._name, self._trainer_rank, fault)
+        self._before = expected
+
+    def close(self) -> None:
+        """Close the probe's link. Idempotent."""
+        self._link.close()
+
+
+def _find_fault(
+    landed: torch.Tensor, expected: Sequence[torch.Tensor], before: Sequence[torch.Tensor]
+) -> str | None:
+    """What is wrong with the bytes that landed, in words, or None."""
+    views = _views(landed)
+    num_wrong = sum(int((view != want).sum()) for view, want in zip(views, expected, strict=True))
+    if num_wrong:
+        if all(bool((view == _UNTOUCHED).all()) for view in views):
+            return "left its targets as they were"
+        if before and all(torch.equal(view, old) for view, old in zip(views, before, strict=True)):
+            return "brought the bytes of an earlier version"
+        return f"brought {num_wrong} wrong bytes of {sum(SIZES)}"
+    around = landed.clone()
+    for view in _views(around):
+        view.fill_(_UNTOUCHED)
+    num_beside = int((around != _UNTOUCHED).sum())
+    return f"wrote {num_beside} bytes beside its targets" if num_beside else None
+
+
+def _blank(device: torch.device) -> torch.Tensor:
+    nbytes = sum(SIZES) + _GAP_NBYTES * (len(SIZES) + 1) + _GAP_NBYTES * len(SIZES)
+    return torch.full((nbytes,), _UNTOUCHED, dtype=torch.uint8, device=device)
+
+
+def _views(buffer: torch.Tensor) -> list[torch.Tensor]:
+    """The probe's views of a buffer from :func:`_blank`: aligned, with a gap before, between and after."""
+    views, offset = [], _GAP_NBYTES
+    for size in SIZES:
+        views.append(buffer[offset : offset + size])
+        offset += -(-size // _GAP_NBYTES) * _GAP_NBYTES + _GAP_NBYTES
+    return views
+
+
+def _expected(secret: str) -> list[torch.Tensor]:
+    """The bytes of one round, the same on both sides; no two rounds share a secret."""
+    data = bytearray(hashlib.shake_256(secret.encode()).digest(sum(SIZES)))
+    return list(torch.split(torch.frombuffer(data, dtype=torch.uint8), list(SIZES)))
