@@ -1,9 +1,9 @@
 """Everything that is run on this project: ``python -m nox`` for all of it, ``python -m nox -l`` for the list.
 
-Two environments are large, so each is built once, by a session of its own, and shared by the sessions that
-require it: ``env-torch`` (torch, ray, nixl; no engine) and ``env-vllm`` (the same with vLLM's CPU build and
-the demo's model). A stamp in the environment holds a hash of what it was built from, and only a change of
-that builds it again. docs/development.md says more.
+The large environments are built once each, by a session of their own, and shared by the sessions that
+require them: ``env-torch`` (torch, ray, nixl; no engine), ``env-megatron`` (the same with Megatron-core) and
+``env-vllm`` (the same with vLLM's CPU build and the demo's model). A stamp in the environment holds a hash of
+what it was built from, and only a change of that builds it again. docs/development.md says more.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ nox.options.sessions = [
     "unit",
     "contract",
     "integration",
+    "integration-megatron",
     "e2e-vllm",
     "demo",
     "build",
@@ -62,13 +63,18 @@ QUIET = {
 }
 
 
+def has_python(version: str) -> bool:
+    """Whether the interpreter of this version runs."""
+    if not shutil.which(f"python{version}"):
+        return False
+    # A version manager may put one on PATH that only says it is not installed.
+    probe = subprocess.run([f"python{version}", "-c", ""], capture_output=True, check=False, timeout=30)
+    return probe.returncode == 0
+
+
 def choose_torch_python() -> str | None:
     """The interpreter for the torch environments: 3.11, as pinned, or None for the running one."""
-    if sys.version_info[:2] == (3, 11) or not shutil.which("python3.11"):
-        return None
-    # A version manager may put a `python3.11` on PATH that only says it is not installed.
-    probe = subprocess.run(["python3.11", "-c", ""], capture_output=True, check=False, timeout=30)
-    return "3.11" if probe.returncode == 0 else None
+    return "3.11" if sys.version_info[:2] != (3, 11) and has_python("3.11") else None
 
 
 TORCH_PYTHON = choose_torch_python()
@@ -77,11 +83,12 @@ TORCH_PYTHON_VERSION = TORCH_PYTHON or f"{sys.version_info.major}.{sys.version_i
 
 @dataclass(frozen=True)
 class Environment:
-    """A shared virtual environment: its session, the complete list of its distributions, local extras."""
+    """A shared virtual environment: its session, the lists that together name all it holds, local extras."""
 
     session: str
-    requirements: Path
+    requirements: tuple[Path, ...]
     local: tuple[Path, ...] = ()
+    python: str = TORCH_PYTHON_VERSION
 
     @property
     def folder(self) -> Path:
@@ -96,12 +103,13 @@ class Environment:
     @property
     def torch_pin(self) -> str:
         """The line of the requirements that names torch."""
-        return next(line for line in self.requirements.read_text().splitlines() if line.startswith("torch=="))
+        lines = [line for file in self.requirements for line in file.read_text().splitlines()]
+        return next(line for line in lines if line.startswith("torch=="))
 
     def fingerprint(self) -> str:
         """A hash of all that decides what the built environment holds."""
         projects = [folder / "pyproject.toml" for folder in self.local]
-        return hash_files(self.requirements, *projects, seed=TORCH_PYTHON_VERSION)
+        return hash_files(*self.requirements, *projects, seed=self.python)
 
     def is_built(self) -> bool:
         """Whether the environment on disk is complete and what the requirements ask for now."""
@@ -121,9 +129,18 @@ def read_stamp(stamp: Path) -> str | None:
     return stamp.read_text() if stamp.is_file() else None
 
 
-TORCH = Environment("env-torch", CONSTRAINTS / "torch-cpu.txt")
+TORCH = Environment("env-torch", (CONSTRAINTS / "torch-cpu.txt",))
+MEGATRON = Environment("env-megatron", (CONSTRAINTS / "torch-cpu.txt", CONSTRAINTS / "megatron-oldest.txt"))
+# Its wheels begin at Python 3.12.
+MEGATRON_LATEST = Environment(
+    "env-megatron-latest",
+    (CONSTRAINTS / "torch-cpu.txt", CONSTRAINTS / "megatron-latest.txt"),
+    python="3.12",
+)
 VLLM = Environment(
-    "env-vllm", CONSTRAINTS / "vllm-latest.txt", (ROOT / "tests" / "environments" / "vllm-cpu-shim",)
+    "env-vllm",
+    (CONSTRAINTS / "vllm-latest.txt",),
+    (ROOT / "tests" / "environments" / "vllm-cpu-shim",),
 )
 
 
@@ -132,11 +149,13 @@ def build_environment(session: nox.Session, environment: Environment) -> None:
     if Path(session.virtualenv.location) != environment.folder:
         session.error(f"the shared environments are in {ENVIRONMENTS}; run nox without --envdir")
     if environment.is_built():
-        session.log(f"{environment.session} is up to date with {environment.requirements.name}")
+        names = " and ".join(file.name for file in environment.requirements)
+        session.log(f"{environment.session} is up to date with {names}")
     else:
         environment.stamp.unlink(missing_ok=True)
-        install_torch(session, environment.torch_pin)
-        session.install("--no-deps", "-r", str(environment.requirements))
+        install_torch(session, environment)
+        lists = [argument for file in environment.requirements for argument in ("-r", str(file))]
+        session.install("--no-deps", *lists)
         for folder in environment.local:
             session.install("--no-deps", "--no-build-isolation", str(folder))
         refuse_cuda_libraries(session)
@@ -153,8 +172,9 @@ def refresh_ours(session: nox.Session, environment: Environment) -> None:
         stamp.write_text(current)
 
 
-def install_torch(session: nox.Session, pin: str) -> None:
+def install_torch(session: nox.Session, environment: Environment) -> None:
     """Install the CPU build of torch from where pip is configured to look, or else from PyTorch's index."""
+    pin = environment.torch_pin
     try:
         session.install("--no-deps", pin)
     except CommandFailed:
@@ -167,7 +187,7 @@ def install_torch(session: nox.Session, pin: str) -> None:
         session.error(
             f"{pin} was found neither where pip is configured to look nor at {TORCH_CPU_INDEX}. Set "
             "PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS to a place that has it for this Python "
-            f"({TORCH_PYTHON_VERSION}) and platform."
+            f"({environment.python}) and platform."
         )
 
 
@@ -220,6 +240,18 @@ def env_torch(session: nox.Session) -> None:
     build_environment(session, TORCH)
 
 
+@nox.session(name="env-megatron", python=TORCH_PYTHON, default=False, reuse_venv=MEGATRON.is_built())
+def env_megatron(session: nox.Session) -> None:
+    """Build the environment with Megatron-core that integration-megatron and e2e-megatron share."""
+    build_environment(session, MEGATRON)
+
+
+@nox.session(name="env-megatron-latest", python="3.12", default=False, reuse_venv=MEGATRON_LATEST.is_built())
+def env_megatron_latest(session: nox.Session) -> None:
+    """Build the same with the newest Megatron-core; needs Python 3.12."""
+    build_environment(session, MEGATRON_LATEST)
+
+
 @nox.session(name="env-vllm", python=TORCH_PYTHON, default=False, reuse_venv=VLLM.is_built())
 def env_vllm(session: nox.Session) -> None:
     """Build the environment with vLLM's CPU build that e2e-vllm and demo share."""
@@ -261,6 +293,23 @@ def contract(session: nox.Session) -> None:
 def integration(session: nox.Session) -> None:
     """Run several real processes of ours against each other over Ray and NIXL, on CPU memory."""
     run_in(session, TORCH, "-m", "pytest", "tests/integration", "-m", "not cuda", *session.posargs)
+
+
+@nox.session(name="integration-megatron", venv_backend="none", requires=["env-megatron"])
+def integration_megatron(session: nox.Session) -> None:
+    """Export real Megatron-core ranks' live parameters and compare with transformers; CPU, gloo."""
+    run_in(session, MEGATRON, "-m", "pytest", "tests/megatron", "-m", "not cuda", *session.posargs)
+
+
+@nox.session(
+    name="integration-megatron-latest",
+    venv_backend="none",
+    requires=["env-megatron-latest"],
+    default=False,
+)
+def integration_megatron_latest(session: nox.Session) -> None:
+    """The same tests with the newest Megatron-core."""
+    run_in(session, MEGATRON_LATEST, "-m", "pytest", "tests/megatron", "-m", "not cuda", *session.posargs)
 
 
 @nox.session(name="e2e-vllm", venv_backend="none", requires=["env-vllm"])

@@ -42,9 +42,12 @@ class LocalShards:
         shards: live views; may be empty on a rank that holds padding only.
         locate: returns the current ``data_ptr`` of every shard in order, looked up afresh from the model,
             so that ``publish`` notices memory that moved. Takes no collective.
+        refresh: makes the views hold what the optimizer last wrote, where they do not after every step.
+            ``publish`` runs it first, in the caller's thread; it may be a collective of trainer ranks.
     """
 
     rank: int
     world_size: int
     shards: tuple[LocalShard, ...]
     locate: Callable[[], tuple[int, ...]]
+    refresh: Callable[[], None] | None = None

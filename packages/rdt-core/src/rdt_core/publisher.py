@@ -112,8 +112,9 @@ class WeightPublisher:
 
         Called in every trainer rank after ``optimizer.step()``. Waits for this device's pending work, then
         tells the coordinator without waiting for its answer; an error in the answer is raised by the next
-        publish, and meanwhile no engine takes the version. Takes no collective. A snapshot transport (YR)
-        copies here what its engines will read; nothing else is copied.
+        publish, and meanwhile no engine takes the version. Takes no collective, unless the exporter says
+        that its framework needs one here (``LocalShards.refresh``). A snapshot transport (YR) copies here
+        what its engines will read; nothing else is copied.
 
         Args:
             version: greater than every version before; the step count will do.
@@ -132,6 +133,8 @@ class WeightPublisher:
             raise InvalidVersionError(version)
         if version <= self._version:
             raise StaleVersionError(version, self._version, "published")
+        if self._local.refresh is not None:
+            self._local.refresh()
         self._check_addresses()
         if self._described.manifest.device.startswith("cuda"):
             torch.cuda.synchronize(self._described.manifest.device)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rdt_megatron.fsdp import fsdp_shards
+    from rdt_megatron.megatron import megatron_shards
 
 __version__ = "0.1.0"
 
-_LAZY = {"fsdp_shards": "rdt_megatron.fsdp"}
+_LAZY = {"fsdp_shards": "rdt_megatron.fsdp", "megatron_shards": "rdt_megatron.megatron"}
 
-__all__ = ["__version__", "fsdp_shards"]
+__all__ = ["__version__", "fsdp_shards", "megatron_shards"]
 
 
 def __getattr__(name: str) -> object:

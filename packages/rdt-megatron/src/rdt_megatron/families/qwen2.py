@@ -1,0 +1,12 @@
+"""Qwen2 and Qwen2.5: Llama with biases on query, key and value."""
+
+from __future__ import annotations
+
+from rdt_megatron.families.blocks import ATTENTION, EMBEDDINGS, GATED_MLP, NORMS
+from rdt_megatron.rules import Family, each_layer
+
+FAMILY = Family(
+    table=__name__,
+    model_types=("qwen2",),
+    rules=(*EMBEDDINGS, *each_layer(*NORMS, *ATTENTION, *GATED_MLP)),
+)

@@ -1,0 +1,135 @@
+"""The parameters of Megatron-core model chunks: their names over the whole model, and their memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rdt_core.errors import UnsupportedLayoutError
+from rdt_megatron.compat import is_persistent
+from rdt_megatron.geometry import Axis, Coordinate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_EXPORTED_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_LAYERS = "decoder.layers."
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A parameter or persistent buffer of this rank, and the module attribute that it is looked up by.
+
+    Args:
+        name: in the bare model, with the layer counted over the whole model, from 0.
+        module: owns it.
+        attribute: its name there.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """What the module holds now."""
+        found: torch.Tensor = getattr(self.module, self.attribute)
+        return found
+
+
+def unwrap(chunk: nn.Module) -> nn.Module:
+    """The bare model inside of DistributedDataParallel and Float16Module."""
+    while isinstance(inner := getattr(chunk, "module", None), nn.Module):
+        chunk = inner
+    return chunk
+
+
+def wrappers_of(chunk: nn.Module) -> Iterator[nn.Module]:
+    """The wrappers around a bare model, the outermost first."""
+    while isinstance(inner := getattr(chunk, "module", None), nn.Module):
+        yield chunk
+        chunk = inner
+
+
+def coordinate_of(model: Any) -> Coordinate:
+    """Where this rank stands in the groups that the model was built with. No collective."""
+    groups = model.pg_collection
+    return Coordinate(
+        tp=_axis(getattr(groups, "tp", None)),
+        etp=_axis(getattr(groups, "expt_tp", None)),
+        ep=_axis(getattr(groups, "ep", None)),
+    )
+
+
+def _axis(group: Any) -> Axis:
+    return Axis() if group is None else Axis(group.rank(), group.size())
+
+
+def held_by(model: nn.Module) -> Iterator[Held]:
+    """Every parameter and persistent buffer of floats of a bare model; shared ones once."""
+    numbers = _global_layers(model)
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for attribute, tensor in _tensors_of(module):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                yield Held(_renumber(name, numbers), module, attribute)
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    for attribute, buffer in module.named_buffers(recurse=False):
+        if buffer.is_floating_point() and is_persistent(module, attribute):
+            yield attribute, buffer
+
+
+def _global_layers(model: Any) -> dict[str, str]:
+    """From a layer's index in this chunk to its index in the whole model, as names hold them."""
+    layers = getattr(getattr(model, "decoder", None), "layers", ())
+    return {str(index): str(layer.layer_number - 1) for index, layer in enumerate(layers)}
+
+
+def _renumber(name: str, numbers: dict[str, str]) -> str:
+    if not name.startswith(_LAYERS):
+        return name
+    index, rest = name.removeprefix(_LAYERS).split(".", 1)
+    return f"{_LAYERS}{numbers[index]}.{rest}"
+
+
+def check_readable(held: Held, rank: int, device: torch.device) -> None:
+    """Refuse memory that engines could not read as it lies.
+
+    Args:
+        held: what to check.
+        rank: of this trainer, for the message.
+        device: where the rank's parameters are.
+
+    Raises:
+        UnsupportedLayoutError: it is quantized, on no device or another one, released, or not contiguous.
+    """
+    tensor = held.tensor
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.dtype not in _EXPORTED_DTYPES:
+        reason = f"its payload is a {type(tensor).__name__} of {tensor.dtype}"
+        remedy = (
+            "Quantized and fp8 parameters are not exported: keep them in bfloat16, float16 or float32 "
+            "(fp8_param_gather=False). Megatron-FSDP's DTensors are not: use DistributedDataParallel."
+        )
+    elif tensor.is_meta:
+        reason = "it is on the meta device and has no memory"
+        remedy = "Materialize the model before attaching."
+    elif tensor.device != device:
+        reason = f"it is on {tensor.device}, and others are on {device}"
+        remedy = "Attach when every parameter is on the training device, and train without offloading them."
+    elif tensor.numel() and not tensor.untyped_storage().nbytes():
+        reason = "its memory has been released"
+        remedy = "Reload offloaded parameters before attaching."
+    elif not tensor.is_contiguous():
+        reason = f"it is not contiguous (strides {tensor.stride()})"
+        remedy = "Let Megatron allocate it, or make it contiguous before the optimizer is built."
+    else:
+        return
+    raise UnsupportedLayoutError(held.name, rank, reason, remedy)
