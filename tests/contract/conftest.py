@@ -1,4 +1,4 @@
-"""One Ray cluster for all contract tests."""
+"""What contract tests share: one Ray cluster, and a sync group inside this process a module."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from rdt_core import transports
+from tests.contract import gated
+from tests.contract.world import World, make_world
 from tests.local_ray import local_ray
 
 if TYPE_CHECKING:
@@ -17,3 +20,21 @@ def ray_cluster() -> Iterator[str]:
     """A local Ray cluster of this test process; yields its GCS address."""
     with local_ray() as address:
         yield address
+
+
+@pytest.fixture(scope="module")
+def shared_world() -> Iterator[World]:
+    with pytest.MonkeyPatch.context() as patch:
+        # Before the ranks attach, since a manifest says which transports a rank offers.
+        patch.setitem(transports._FACTORIES, gated.NAME, "tests.contract.gated:GatedTransport")
+        world = make_world()
+        yield world
+        world.close()
+
+
+@pytest.fixture
+def world(shared_world: World) -> Iterator[World]:
+    """Two attached trainer ranks, and a gated transport for their readers."""
+    gated.reset()
+    yield shared_world
+    gated.reset()

@@ -14,7 +14,6 @@ from rdt_core.coordinator import SILENT_S, Outcome
 from rdt_core.errors import (
     ConfigError,
     CoordinatorLostError,
-    DeadlineError,
     GroupInUseError,
     LeaseLostError,
     MissingTrainerRankError,
@@ -223,8 +222,7 @@ def test_prepared_ranks_are_awaited_by_attempt(client: CoordinatorClient) -> Non
     members = [("http://a", 0), ("http://a", 1)]
     client.report_prepared("http://a", 0, "old attempt", Outcome(error=RdtError("of an earlier try")))
     client.report_prepared("http://a", 0, "1:x", Outcome(10))
-    with pytest.raises(DeadlineError, match="1"):
-        client.wait_prepared("1:x", members, 0.2)
+    assert set(client.wait_prepared("1:x", members, 0.2)) == {members[0]}
     client.report_prepared("http://a", 1, "1:x", Outcome(11))
     assert {m: o.value for m, o in client.wait_prepared("1:x", members, 5.0).items()} == {
         members[0]: 10,

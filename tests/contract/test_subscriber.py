@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from rdt_core import transports
 from rdt_core.errors import (
     AbortedError,
     LeaseLostError,
@@ -20,31 +19,13 @@ from rdt_core.errors import (
     TornReadError,
 )
 from tests.contract import gated
-from tests.contract.world import Engine, TrainerRank, World, expected_fingerprint, make_world
+from tests.contract.world import Engine, TrainerRank, World, expected_fingerprint
 from tests.local_group import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TIMEOUT_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def shared_world() -> Iterator[World]:
-    with pytest.MonkeyPatch.context() as patch:
-        # Before the ranks attach, since a manifest says which transports a rank offers.
-        patch.setitem(transports._FACTORIES, gated.NAME, "tests.contract.gated:GatedTransport")
-        world = make_world()
-        yield world
-        world.close()
-
-
-@pytest.fixture
-def world(shared_world: World) -> Iterator[World]:
-    """Two attached trainer ranks, and a gated transport for their readers."""
-    gated.reset()
-    yield shared_world
-    gated.reset()
 
 
 @pytest.fixture

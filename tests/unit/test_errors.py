@@ -44,6 +44,7 @@ EXAMPLES: dict[str, tuple[object, ...]] = {
     "MissingTrainerRankError": ("policy", (1, 3), 8, 30.0),
     "NotConnectedError": ("sync",),
     "CoordinatorLostError": ("policy", "its node died"),
+    "BusyError": ("update", "preparing"),
     "ClosedError": ("publisher",),
     "VersionError": ("versions only grow",),
     "StaleVersionError": (3, 7, "published"),

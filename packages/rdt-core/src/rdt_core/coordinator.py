@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from rdt_core.errors import (
     ConfigError,
-    DeadlineError,
     GroupInUseError,
     LeaseLostError,
     MissingTrainerRankError,
@@ -279,7 +278,7 @@ class Coordinator:
     async def wait_prepared(
         self, attempt: str, members: Sequence[tuple[str, int]], timeout_s: float
     ) -> dict[tuple[str, int], Outcome]:
-        """The outcome of every member, or of those there are once one has failed."""
+        """The outcomes of members, once all have ended or one has failed; what there is when time is up."""
 
         def outcomes() -> dict[tuple[str, int], Outcome]:
             found = ((member, self._prepared.get(member)) for member in members)
@@ -289,11 +288,7 @@ class Coordinator:
             ended = outcomes()
             return len(ended) == len(members) or any(outcome.error for outcome in ended.values())
 
-        if not await self._wait(is_decided, timeout_s):
-            silent = sorted(set(members) - set(outcomes()))
-            raise DeadlineError(
-                f"the read {attempt} of {silent}", timeout_s, "Look into those engines' logs."
-            )
+        await self._wait(is_decided, timeout_s)
         return outcomes()
 
     async def record(self, sync: dict[str, Any]) -> None:

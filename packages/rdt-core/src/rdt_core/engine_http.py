@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _CONNECT_TIMEOUT_S = 5.0
+_LOOK_TIMEOUT_S = 2.0
 _MAX_DETAIL = 300
 _KINDS: dict[str, type[http.client.HTTPConnection]] = {
     "http": http.client.HTTPConnection,
@@ -57,6 +58,16 @@ class EngineHttp:
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise EngineUnreachableError(self.url, f"{type(error).__name__} {error}".strip()) from error
         return self._parse(status, answer)
+
+    def is_listening(self) -> bool:
+        """Whether something accepts connections at the engine's address. Blocks for 2 seconds at most."""
+        where = urlsplit(self.url)
+        port = where.port or (http.client.HTTPS_PORT if where.scheme == "https" else http.client.HTTP_PORT)
+        try:
+            with socket.create_connection((where.hostname or "", port), timeout=_LOOK_TIMEOUT_S):
+                return True
+        except OSError:
+            return False
 
     def _take(self, timeout_s: float) -> http.client.HTTPConnection:
         """A connection that is open, as far as one can tell; servers close those that they find idle."""
@@ -102,7 +113,10 @@ class EngineHttp:
         if status == http.client.OK and isinstance(body, dict):
             return body
         if isinstance(body, dict) and isinstance(body.get("error"), dict) and "type" in body["error"]:
-            raise from_wire(body["error"])
+            error = from_wire(body["error"])
+            rank = body.get("failed_rank")
+            error.failed_rank = rank if isinstance(rank, int) else -1
+            raise error
         has_detail = isinstance(body, dict) and "detail" in body
         detail = body["detail"] if has_detail else answer.decode(errors="replace")
         raise EngineRefusedError(self.url, status, str(detail)[:_MAX_DETAIL])

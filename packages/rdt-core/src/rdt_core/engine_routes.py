@@ -146,7 +146,8 @@ def _answer(ranks: list[dict[str, Any]], **more: Any) -> JSONResponse:
     errors = [answer["error"] for answer in ranks if not answer.get("ok")]
     if not errors:
         return JSONResponse({"ranks": [answer["result"] for answer in ranks], **more})
-    return answer_error(from_wire(errors[0]), num_failed_ranks=len(errors))
+    first = next(rank for rank, answer in enumerate(ranks) if not answer.get("ok"))
+    return answer_error(from_wire(errors[0]), num_failed_ranks=len(errors), failed_rank=first)
 
 
 def answer_error(error: RdtError, **more: Any) -> JSONResponse:

@@ -11,6 +11,9 @@ class RdtError(Exception):
         fields: the subclass's arguments, to rebuild it in another process: plain values and sequences only.
     """
 
+    failed_rank = -1
+    """Which rank of an engine raised this, where an engine's answer told; -1 otherwise. Not on the wire."""
+
     def __init__(self, message: str, fields: tuple[object, ...] = ()) -> None:
         self.message = message
         self.fields: tuple[object, ...] = fields or (message,)

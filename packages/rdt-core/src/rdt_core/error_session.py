@@ -140,6 +140,17 @@ class EngineRefusedError(EngineError):
         super().__init__(f"engine {engine} answered {status}: {detail}. {remedy}", (engine, status, detail))
 
 
+class BusyError(SessionError):
+    """A driver was asked for something while it does something else."""
+
+    def __init__(self, asked: str, state: str) -> None:
+        self.asked, self.state = asked, state
+        super().__init__(
+            f"cannot {asked} now: this WeightSync is {state}. Call it from one thread, call after call.",
+            (asked, state),
+        )
+
+
 class DeadlineError(RdtError):
     """A wait ran out."""
 

@@ -158,12 +158,19 @@ class PullTimeoutError(TransportError):
 
 
 class UpdateFailedError(RdtError):
-    """A sync ended without a commit on some engine rank. Every engine serves what it served before."""
+    """A sync failed on an engine; ``__cause__`` has the reason by its own type.
+
+    Raised in ``prepare``, nothing was committed anywhere. Raised in ``commit``, the engines that had
+    committed serve the new version and the others what they served; the next update brings all to one.
+    """
 
     def __init__(self, version: int, phase: str, engine: str, rank: int, detail: str) -> None:
         self.version, self.phase, self.engine, self.rank, self.detail = version, phase, engine, rank, detail
+        where = (
+            f"rank {rank} of engine {engine}" if rank >= 0 else f"engine {engine} (rank {rank}: all of it)"
+        )
         super().__init__(
-            f"version {version} failed in {phase} on rank {rank} of engine {engine}: {detail}",
+            f"version {version} failed in {phase} on {where}: {detail}",
             (version, phase, engine, rank, detail),
         )
 

@@ -26,6 +26,7 @@
     |   |-- MissingTrainerRankError
     |   |-- NotConnectedError
     |   |-- CoordinatorLostError
+    |   |-- BusyError
     |   `-- ClosedError
     |-- VersionError                versions only grow, and only a published one can be read
     |   |-- StaleVersionError
@@ -76,6 +77,7 @@ from rdt_core.error_description import (
     WireFormatError,
 )
 from rdt_core.error_session import (
+    BusyError,
     ClosedError,
     CoordinatorLostError,
     DeadlineError,
@@ -112,6 +114,7 @@ from rdt_core.error_sync import (
 
 __all__ = [
     "AbortedError",
+    "BusyError",
     "ClosedError",
     "ConfigError",
     "CoordinatorLostError",

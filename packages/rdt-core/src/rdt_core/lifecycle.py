@@ -1,8 +1,8 @@
-"""The states that an engine rank and its model can be in, the events that move them, and who may cause which.
+"""The states of an engine rank, of its model and of a group's driver, and the events that move them.
 
-Tables first: :data:`RANK_MOVES` and :data:`MODEL_MOVES` are all there is, docs/reliability.md draws them, and
-:class:`RankLife` does nothing but follow them. An event that a table does not list for a state changes
-nothing and is refused or ignored, as its method says.
+Tables first: :data:`RANK_MOVES`, :data:`MODEL_MOVES` and :data:`SYNC_MOVES` are all there is,
+docs/reliability.md draws them, and the two classes do nothing but follow them. An event that a table does not
+list for a state changes nothing and is refused or ignored, as its method says.
 """
 
 from __future__ import annotations
@@ -10,7 +10,14 @@ from __future__ import annotations
 import threading
 from enum import StrEnum
 
-from rdt_core.errors import AbortedError, NotConnectedError, NotPreparedError, StaleVersionError
+from rdt_core.errors import (
+    AbortedError,
+    BusyError,
+    ClosedError,
+    NotConnectedError,
+    NotPreparedError,
+    StaleVersionError,
+)
 
 
 class RankState(StrEnum):
@@ -29,6 +36,29 @@ class ModelState(StrEnum):
     WHOLE = "whole"
     CHANGING = "changing"
     TORN = "torn"
+
+
+class SyncState(StrEnum):
+    """What the driver of a group is doing."""
+
+    IDLE = "idle"
+    WAITING = "waiting"
+    PREPARING = "preparing"
+    COMMITTING = "committing"
+    CHANGING = "changing members"
+    CLOSED = "closed"
+
+
+class SyncEvent(StrEnum):
+    """What a driver is asked to do, or finds."""
+
+    UPDATE = "update"
+    PUBLISHED = "published"
+    PREPARED = "prepared"
+    FAIL = "fail"
+    DONE = "done"
+    JOIN = "join or leave"
+    CLOSE = "close"
 
 
 class Event(StrEnum):
@@ -70,6 +100,61 @@ MODEL_MOVES: dict[tuple[ModelState, Event], ModelState] = {
     (ModelState.TORN, Event.WRITE): ModelState.CHANGING,
 }
 """A rank's parameters. They are written only while the rank is flipping; torn ones must not generate."""
+
+SYNC_MOVES: dict[tuple[SyncState, SyncEvent], SyncState] = {
+    (SyncState.IDLE, SyncEvent.UPDATE): SyncState.WAITING,
+    (SyncState.WAITING, SyncEvent.PUBLISHED): SyncState.PREPARING,
+    (SyncState.PREPARING, SyncEvent.PREPARED): SyncState.COMMITTING,
+    (SyncState.COMMITTING, SyncEvent.DONE): SyncState.IDLE,
+    **{
+        (state, SyncEvent.FAIL): SyncState.IDLE
+        for state in (SyncState.WAITING, SyncState.PREPARING, SyncState.COMMITTING, SyncState.CHANGING)
+    },
+    (SyncState.IDLE, SyncEvent.JOIN): SyncState.CHANGING,
+    (SyncState.CHANGING, SyncEvent.DONE): SyncState.IDLE,
+    **{(state, SyncEvent.CLOSE): SyncState.CLOSED for state in SyncState if state is not SyncState.CLOSED},
+}
+"""The driver of a group. Whatever fails, it is idle again and the next update is free to begin."""
+
+
+class SyncLife:
+    """The driver's state; refuses what its table does not list. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._state = SyncState.IDLE
+
+    @property
+    def state(self) -> SyncState:
+        """What the driver is doing."""
+        return self._state
+
+    def move(self, event: SyncEvent) -> None:
+        """Follow the table.
+
+        Raises:
+            ClosedError: the driver was closed.
+            BusyError: it is doing something else, in another thread.
+        """
+        with self._lock:
+            following = SYNC_MOVES.get((self._state, event))
+            if following is not None:
+                self._state = following
+            elif self._state is SyncState.CLOSED:
+                raise ClosedError("sync")
+            else:
+                raise BusyError(str(event), str(self._state))
+
+    def close(self) -> bool:
+        """The driver is closed; whether it was open until now."""
+        with self._lock:
+            was_open, self._state = self._state is not SyncState.CLOSED, SyncState.CLOSED
+            return was_open
+
+    def end(self) -> None:
+        """Whatever was under way has ended: in failure, unless the table had led to idle before."""
+        with self._lock:
+            self._state = SYNC_MOVES.get((self._state, SyncEvent.FAIL), self._state)
 
 
 class RankLife:

@@ -29,7 +29,19 @@ if TYPE_CHECKING:
 
     from rdt_core.coordinator import Coordinator
 
-METHODS = frozenset({"publish", "wait_published", "check_version", "report_prepared", "wait_prepared"})
+METHODS = frozenset(
+    {
+        "begin_read",
+        "check_version",
+        "drop_lease",
+        "end_read",
+        "publish",
+        "release",
+        "report_prepared",
+        "wait_prepared",
+        "wait_published",
+    }
+)
 """What may be called here: the coordinator's methods of plain values that lie on the way of a sync."""
 
 _SECRET_BYTES = 32

@@ -76,6 +76,7 @@ class SyncReport:
         total_s: the whole call.
         ranks: one row an engine rank.
         started_unix_s: when the driver began, by its clock.
+        failures: of engines that serve what they served before; only with ``commit_policy="engine"``.
     """
 
     version: int
@@ -88,6 +89,7 @@ class SyncReport:
     total_s: float
     ranks: tuple[RankReport, ...]
     started_unix_s: float = 0.0
+    failures: tuple[SyncFailure, ...] = ()
 
     @property
     def gigabytes_per_s(self) -> float:
@@ -101,7 +103,7 @@ class SyncReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncFailure:
-    """One sync that ended without a commit.
+    """One sync that ended without a commit, or one engine's part of a sync that others committed.
 
     Args:
         version: that was to be served.

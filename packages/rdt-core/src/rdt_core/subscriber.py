@@ -67,9 +67,9 @@ class WeightSubscriber:
         happens; after an error there is no connection.
 
         Returns:
-            Plain values: rank, world_size, mode, num_tensors, nbytes, read_nbytes, num_reads,
-            landing_nbytes, reload, trainers and reasons (which transport each trainer rank is read over, and
-            why), probe_s, connect_s.
+            Plain values: version (that the model holds), rank, world_size, mode, num_tensors, nbytes,
+            read_nbytes, num_reads, landing_nbytes, reload, trainers and reasons (which transport each trainer
+            rank is read over, and why), probe_s, connect_s.
 
         Raises:
             RdtError: the typed reason; see the README's table.
@@ -98,7 +98,7 @@ class WeightSubscriber:
             connection.plan.num_reads,
             info["connect_s"],
         )
-        return info
+        return {**info, "version": self._life.committed}
 
     def prepare(self, version: int, *, timeout_s: float = 60.0, verify: str | None = None) -> dict[str, Any]:
         """Read ``version`` into landing memory. Blocks until it is there; touches no parameter.

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from rdt_core import choice, observer, ray_session, settings, tracing
@@ -16,59 +14,64 @@ from rdt_core.digest import RegionDigest, add_digests
 from rdt_core.dtypes import itemsize_bytes
 from rdt_core.engine_http import EngineHttp
 from rdt_core.errors import (
-    ClosedError,
     ConfigError,
-    EngineError,
     InvalidVersionError,
     RdtError,
     StaleVersionError,
-    UpdateFailedError,
+    VersionError,
 )
 from rdt_core.history import CoordinatorHistory
-from rdt_core.mode import AUTO, INPLACE, STAGED
-from rdt_core.report import LinkReport, RankReport, SyncFailure, SyncReport, VerifyReport
+from rdt_core.lifecycle import SyncEvent, SyncLife
+from rdt_core.member import Member
+from rdt_core.mode import AUTO
+from rdt_core.progress import Progress
+from rdt_core.report import VerifyReport
+from rdt_core.round import ALL_OR_NONE, Round, UpdateOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from rdt_core.client import Channel
-    from rdt_core.coordinator import Outcome
+    from rdt_core.member import EngineControl
     from rdt_core.observer import SyncObserver
+    from rdt_core.report import SyncReport
 
 logger = logging.getLogger(__name__)
 
 _TRAINERS_TIMEOUT_S = 5.0
 _MAX_ENGINES_AT_ONCE = 64
 
-_MARGIN_S = 5.0
-"""What an engine gets on top of its own deadline, so that it is the engine's error that reaches the user."""
-
 
 class WeightSync:
     """Drives the syncs of one group from trainers into running engines. Make one with :meth:`connect`.
 
-    Lives in one driver process, not in the trainer ranks. All methods block and are called from one thread.
+    Lives in one driver process, not in the trainer ranks. All methods block and are called from one thread; a
+    second call while one runs is refused.
+
+    Args:
+        client: of the group's coordinator.
+        engines: how to reach each engine.
+        asked: what :meth:`connect` tells every engine (group, ray_address, ray_auth_mode, transport, mode,
+            timeout_s).
+        observers: are told about every sync.
     """
 
     def __init__(
         self,
         client: CoordinatorClient,
-        engines: Sequence[EngineHttp],
+        engines: Sequence[EngineControl],
+        asked: Mapping[str, Any],
         *,
-        group: str = "",
         observers: Sequence[SyncObserver] = (),
     ) -> None:
         self._client = client
-        self._group = group
+        self._group = str(asked["group"])
+        self._asked = dict(asked)
         self._observers = (CoordinatorHistory(client), *observers)
-        self._engines = tuple(engines)
-        self._pool = ThreadPoolExecutor(max_workers=min(len(engines), _MAX_ENGINES_AT_ONCE))
-        self._asked: dict[str, Any] = {}
-        self._members: dict[str, list[dict[str, Any]]] = {}
-        self._held: dict[str, int] = {}
-        self._version = 0
-        self._is_closed = False
+        self._members = {engine.url: Member(engine) for engine in engines}
+        self._pool = ThreadPoolExecutor(_MAX_ENGINES_AT_ONCE, thread_name_prefix="rdt-sync")
+        self._life = SyncLife()
 
     @classmethod
     def connect(
@@ -119,26 +122,41 @@ class WeightSync:
             channel, where = RayChannel.find(group), ray_session.current_address()
         client = CoordinatorClient(channel)
         client.manifests(_TRAINERS_TIMEOUT_S)
+        asked = {
+            "group": group,
+            "ray_address": where.address,
+            "ray_auth_mode": where.auth_mode,
+            "transport": transport if transport != choice.AUTO else settings.read_transport(),
+            "mode": mode,
+            "timeout_s": timeout_s,
+        }
         reached = [EngineHttp(url, api_key=api_key) for url in engines]
-        sync = cls(client, reached, group=group, observers=observers)
+        sync = cls(client, reached, asked, observers=observers)
         try:
-            forced = transport if transport != choice.AUTO else settings.read_transport()
-            sync._connect_all(where, forced, mode, timeout_s)
+            sync.join_all()
         except RdtError:
             sync.close()
             raise
-        observer.tell(sync._observers, lambda told: told.on_connected(group, sync.engines))
         return sync
+
+    def join_all(self) -> None:
+        """Have every engine join the group. Called once, by :meth:`connect`.
+
+        Raises:
+            RdtError: of the first engine that did not.
+        """
+        self._on_all(lambda member: member.connect(self._asked, float(self._asked["timeout_s"])))
+        observer.tell(self._observers, lambda told: told.on_connected(self._group, self.engines))
 
     @property
     def version(self) -> int:
-        """The version that every engine serves; 0 before the first update."""
-        return self._version
+        """The version that every engine serves, or a later one; 0 before the first update."""
+        return min((member.version for member in self._members.values()), default=0)
 
     @property
     def engines(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
         """What every engine rank answered to connect (tensors, bytes, reads, reload), by URL."""
-        return self._members
+        return {url: member.ranks for url, member in self._members.items() if member.is_connected}
 
     def update(
         self,
@@ -147,13 +165,15 @@ class WeightSync:
         mode: str | None = None,
         verify: str | None = None,
         kv_cache: str = "recompute",
+        commit_policy: str = ALL_OR_NONE,
         timeout_s: float = 120.0,
     ) -> SyncReport:
         """Bring every engine to ``version``; generation stands only while a rank copies locally.
 
         Waits until every trainer rank has published, has all engine ranks read, and commits when all have
-        read everything. The trainer must not write its parameters before this returns. Engines that an
-        earlier, failed call left at ``version`` are not asked again.
+        read everything. The trainer must not write its parameters before this returns, or only within
+        ``publisher.writing()``. A call that fails costs the next one nothing; engines that it left at
+        ``version`` are not asked again.
 
         Args:
             version: as given to ``publisher.publish``; greater than the last one.
@@ -163,47 +183,73 @@ class WeightSync:
                 a write in mid-read without a word to us is an error. Reads the bytes once more on each side.
             kv_cache: ``"recompute"`` drops what the old weights left in the KV cache and recomputes running
                 requests; ``"keep"`` leaves it.
+            commit_policy: ``"group"``: no engine commits unless all have read everything. ``"engine"``: each
+                commits for itself; those that failed are in the report and catch up with the next update.
             timeout_s: for each phase, in seconds.
 
         Raises:
+            ConfigError: an argument is none of those listed.
             InvalidVersionError, StaleVersionError: the version is not greater than the last.
-            NotPublishedError: a trainer rank has not published it.
-            ConfigError: there is no such mode.
-            UpdateFailedError: reading or committing failed on a rank; ``__cause__`` has its typed error. In
-                in-place mode an engine that failed to commit may be torn: it refuses to generate until an
-                update succeeds.
-            EngineError: an engine does not answer.
-            ClosedError: this object was closed.
+            NotPublishedError, ReleasedError, SupersededError: the trainer ranks do not hold it.
+            UpdateFailedError: reading or committing failed; says on which rank and in which phase, and
+                ``__cause__`` has the typed reason. In in-place mode an engine that failed to commit may be
+                torn: it refuses to generate until an update succeeds.
+            CoordinatorLostError, DeadlineError: the coordinator does not answer.
+            BusyError, ClosedError: another call is under way, or this object was closed.
         """
-        if self._is_closed:
-            raise ClosedError("sync")
+        options = UpdateOptions(
+            mode=mode, verify=verify, kv_cache=kv_cache, commit_policy=commit_policy, timeout_s=timeout_s
+        )
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise InvalidVersionError(version)
-        if version <= self._version:
-            raise StaleVersionError(version, self._version, "synced")
-        if verify not in (None, "digest"):
-            raise ConfigError(f"verify {verify!r} is not 'digest'. Leave it out to trust the trainer.")
-        if mode not in (None, STAGED, INPLACE):
-            raise ConfigError(f"mode {mode!r} is neither {STAGED!r} nor {INPLACE!r}. Leave it out.")
-        progress = _Progress(version)
-        try:
-            with tracing.span("rdt.sync", group=self._group, version=version):
-                report = self._run_phases(progress, mode, _Options(kv_cache, verify, timeout_s))
-        except RdtError as error:
-            failure = progress.failure(error)
-            observer.tell(self._observers, lambda told: told.on_failed(self._group, failure))
-            raise
-        self._version = version
-        observer.tell(self._observers, lambda told: told.on_synced(self._group, report))
-        logger.info(
-            "version %d: %d bytes, prepare %.3f s, commit %.3f s, stall %.3f s",
-            version,
-            report.nbytes,
-            report.prepare_s,
-            report.commit_s,
-            report.stall_s,
-        )
-        return report
+        behind = [member for member in self._members.values() if member.version < version]
+        newest = max((member.version for member in self._members.values()), default=0)
+        if version < newest or not behind:
+            raise StaleVersionError(version, newest, "synced")
+        return self._update(behind, version, options)
+
+    def add_engine(self, url: str, *, api_key: str | None = None, timeout_s: float = 120.0) -> int:
+        """Have one more engine join; nobody else reconnects. Returns the version that it serves then.
+
+        If the trainers still hold the version that the others serve, the newcomer gets it at once; otherwise
+        it keeps what it was started with until the next update, which is its first.
+
+        Raises:
+            ConfigError: the engine is a member already.
+            UpdateFailedError: it joined and could not read; it is no member then.
+            RdtError: as :meth:`connect` raises them; it is no member then.
+        """
+        return self.add_member(EngineHttp(url, api_key=api_key), timeout_s=timeout_s)
+
+    def add_member(self, engine: EngineControl, *, timeout_s: float = 120.0) -> int:
+        """Like :meth:`add_engine`, for an engine that is reached in another way than by HTTP."""
+        if engine.url in self._members:
+            engine.close()
+            raise ConfigError(f"engine {engine.url} is a member already. Remove it first.")
+        current = max((member.version for member in self._members.values()), default=0)
+        member = Member(engine)
+        with self._changing():
+            try:
+                member.connect(self._asked, timeout_s)
+                if member.version < current:
+                    self._catch_up(member, current, timeout_s)
+            except RdtError:
+                self._part_with(member)
+                raise
+            self._members[member.url] = member
+        observer.tell(self._observers, lambda told: told.on_connected(self._group, self.engines))
+        return member.version
+
+    def remove_engine(self, url: str) -> None:
+        """Part with an engine, alive or not; it keeps serving what it has. Nobody else reconnects.
+
+        Raises:
+            ConfigError: it is no member.
+        """
+        if url not in self._members:
+            raise ConfigError(f"engine {url} is no member. Members are {sorted(self._members)}.")
+        with self._changing():
+            self._part_with(self._members.pop(url))
 
     def verify(self, *, timeout_s: float = 600.0) -> VerifyReport:
         """Compare every byte of every tensor in every engine with the trainer's, by digests made in both.
@@ -215,11 +261,11 @@ class WeightSync:
             EngineError, DeadlineError: a side does not answer.
             RdtError: a side cannot digest.
         """
-        started = time.perf_counter()
+        started, version = time.perf_counter(), self.version
         mismatched: list[str] = []
         unverified: set[str] = set()
         num_tensors = nbytes = 0
-        answers = self._each("digest", {}, timeout_s)
+        answers = self._digest_engines(timeout_s)
         for url, answer in answers.items():
             held = add_digests(_region_digests(answer))
             dtypes = {d["tensor"]: d["dtype"] for rank in answer["ranks"] for d in rank["digests"]}
@@ -230,7 +276,7 @@ class WeightSync:
             num_tensors = len(held)
             nbytes = sum(count * itemsize_bytes(dtypes[name]) for name, (_, count, _) in held.items())
         return VerifyReport(
-            version=self._version,
+            version=version,
             num_tensors=num_tensors,
             nbytes=nbytes,
             mismatched=tuple(dict.fromkeys(mismatched)),
@@ -244,18 +290,11 @@ class WeightSync:
 
     def close(self) -> None:
         """Disconnect every engine; they keep serving what they committed. Idempotent."""
-        if self._is_closed:
+        if not self._life.close():
             return
-        self._is_closed = True
-        for url in list(self._members):
-            engine = next(engine for engine in self._engines if engine.url == url)
-            try:
-                engine.call("disconnect", {}, timeout_s=_TRAINERS_TIMEOUT_S)
-            except RdtError as error:
-                logger.debug("engine %s did not disconnect: %s", url, error)
+        for member in self._members.values():
+            self._part_with(member)
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for engine in self._engines:
-            engine.close()
         observer.tell(self._observers, lambda told: told.on_closed(self._group))
 
     def __enter__(self) -> Self:
@@ -266,207 +305,105 @@ class WeightSync:
     ) -> None:
         self.close()
 
-    def _run_phases(self, progress: _Progress, mode: str | None, options: _Options) -> SyncReport:
-        version = progress.version
+    def _update(self, members: Sequence[Member], version: int, options: UpdateOptions) -> SyncReport:
+        self._life.move(SyncEvent.UPDATE)
+        progress = Progress(version)
+        try:
+            with tracing.span("rdt.sync", group=self._group, version=version):
+                report = self._run_phases(progress, members, options)
+        except RdtError as error:
+            failure = progress.failure(error)
+            observer.tell(self._observers, lambda told: told.on_failed(self._group, failure))
+            raise
+        finally:
+            self._life.end()
+        observer.tell(self._observers, lambda told: told.on_synced(self._group, report))
+        logger.info(
+            "version %d: %d bytes, prepare %.3f s, commit %.3f s, stall %.3f s, %d engines failed",
+            version,
+            report.nbytes,
+            report.prepare_s,
+            report.commit_s,
+            report.stall_s,
+            len(report.failures),
+        )
+        return report
+
+    def _run_phases(
+        self, progress: Progress, members: Sequence[Member], options: UpdateOptions
+    ) -> SyncReport:
         with progress.enter("publish_wait"):
-            self._client.wait_published(version, options.timeout_s)
+            self._client.wait_published(progress.version, options.timeout_s)
+        self._life.move(SyncEvent.PUBLISHED)
+        attempt = Round(self._client, self._pool, members, progress.version, options)
         with progress.enter("prepare"):
-            if mode is not None:
-                self._ensure_mode(mode)
-            behind = [engine for engine in self._engines if self._held.get(engine.url, 0) < version]
-            self._prepare_all(behind, version, options)
+            if options.mode is not None:
+                self._ensure_mode(options.mode)
+            ready = attempt.prepare()
+        self._life.move(SyncEvent.PREPARED)
         with progress.enter("commit"):
-            answers = self._commit_all(behind, version, options)
-        return _make_report(progress, answers)
-
-    def _connect_all(
-        self, where: ray_session.RayAddress, transport: str, mode: str, timeout_s: float
-    ) -> None:
-        self._asked = {
-            "group": self._group,
-            "ray_address": where.address,
-            "ray_auth_mode": where.auth_mode,
-            "transport": transport,
-            "mode": mode,
-            "timeout_s": timeout_s,
-        }
-        self._on_all(self._connect_one)
-
-    def _connect_one(self, engine: EngineHttp) -> None:
-        payload = {**self._asked, "engine": engine.url}
-        answer = engine.call("connect", payload, timeout_s=float(self._asked["timeout_s"]))
-        self._members[engine.url] = answer["ranks"]
+            answers = attempt.commit(ready)
+        self._life.move(SyncEvent.DONE)
+        return progress.report(answers, attempt.failures)
 
     def _ensure_mode(self, mode: str) -> None:
         """Connect again every engine with a rank that reads in another mode; generation there stands."""
         self._asked["mode"] = mode
 
-        def ensure(engine: EngineHttp) -> None:
-            if any(rank["mode"] != mode for rank in self._members[engine.url]):
-                self._connect_one(engine)
+        def ensure(member: Member) -> None:
+            if not member.reads_in(mode):
+                member.connect(self._asked, float(self._asked["timeout_s"]))
 
         self._on_all(ensure)
 
-    def _prepare_all(self, engines: Sequence[EngineHttp], version: int, options: _Options) -> None:
-        attempt, timeout_s = f"{version}:{uuid.uuid4().hex}", options.timeout_s
-        payload = {"version": version, "attempt": attempt, **options.for_reading()}
-        members = [(e.url, int(rank["rank"])) for e in engines for rank in self._members[e.url]]
+    def _catch_up(self, member: Member, version: int, timeout_s: float) -> None:
+        """Bring a newcomer to the version that the others serve, if the trainers still hold it."""
+        attempt = Round(self._client, self._pool, [member], version, UpdateOptions(timeout_s=timeout_s))
         try:
-            self._each("prepare", payload, timeout_s, engines)
-            outcomes = self._client.wait_prepared(attempt, members, timeout_s + _MARGIN_S)
-            _raise_first_failure(version, outcomes)
-        except RdtError:
-            self._abort_all()
-            raise
+            self._client.check_version(version)
+        except VersionError as error:
+            logger.info("engine %s waits for the next version: %s", member.url, error)
+            return
+        attempt.commit(attempt.prepare())
 
-    def _commit_all(
-        self, engines: Sequence[EngineHttp], version: int, options: _Options
-    ) -> dict[str, dict[str, Any]]:
-        answers: dict[str, dict[str, Any]] = {}
-        payload = {"version": version, "kv_cache": options.kv_cache, **options.for_reading()}
+    def _part_with(self, member: Member) -> None:
+        try:
+            if member.is_connected:
+                member.call("disconnect", {}, _TRAINERS_TIMEOUT_S)
+        except RdtError as error:
+            logger.debug("engine %s did not disconnect: %s", member.url, error)
+        member.close()
 
-        def commit(engine: EngineHttp) -> None:
-            try:
-                answers[engine.url] = engine.call("commit", payload, timeout_s=options.timeout_s + _MARGIN_S)
-            except EngineError:
-                raise
-            except RdtError as error:
-                raise UpdateFailedError(version, "commit", engine.url, -1, str(error)) from error
-            self._held[engine.url] = version
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around a change of members."""
+        self._life.move(SyncEvent.JOIN)
+        try:
+            yield
+        finally:
+            self._life.end()
 
-        self._on_all(commit, engines)
-        return answers
-
-    def _abort_all(self) -> None:
-        for engine in self._engines:
-            try:
-                engine.call("abort", {}, timeout_s=_TRAINERS_TIMEOUT_S)
-            except RdtError as error:
-                logger.warning("engine %s did not abort: %s", engine.url, error)
-
-    def _each(
-        self,
-        method: str,
-        payload: dict[str, Any],
-        timeout_s: float,
-        engines: Sequence[EngineHttp] | None = None,
-    ) -> dict[str, dict[str, Any]]:
-        answers: dict[str, dict[str, Any]] = {}
-
-        def call(engine: EngineHttp) -> None:
-            answers[engine.url] = engine.call(method, payload, timeout_s=timeout_s)
-
-        self._on_all(call, engines)
-        return answers
-
-    def _on_all(self, act: Callable[[EngineHttp], None], engines: Sequence[EngineHttp] | None = None) -> None:
-        """Act on engines, by default every one, at once; wait for all, then raise the first error."""
-        futures = [self._pool.submit(act, e) for e in (self._engines if engines is None else engines)]
+    def _on_all(self, act: Callable[[Member], None]) -> None:
+        """Act on every engine at once; wait for all, then raise the first error."""
+        futures = [self._pool.submit(act, member) for member in self._members.values()]
         errors = [future.exception() for future in futures]
         for error in errors:
             if error is not None:
                 raise error
 
+    def _digest_engines(self, timeout_s: float) -> dict[str, dict[str, Any]]:
+        answers: dict[str, dict[str, Any]] = {}
+
+        def digest(member: Member) -> None:
+            answers[member.url] = member.call("digest", {}, timeout_s)
+
+        self._on_all(digest)
+        return answers
+
     def _trainer_digests(self, dtypes: dict[str, str], timeout_s: float) -> dict[str, tuple[int, int, bool]]:
         ranks = [int(rank) for rank in self._client.status()["trainers"]]
         answers = self._client.ask("digest", dict.fromkeys(ranks, dtypes), timeout_s)
         return add_digests(digest for answer in answers.values() for digest in answer)
-
-
-def _raise_first_failure(version: int, outcomes: Mapping[tuple[str, int], Outcome]) -> None:
-    for (url, rank), outcome in sorted(outcomes.items()):
-        if outcome.error is not None:
-            raise UpdateFailedError(version, "prepare", url, rank, str(outcome.error)) from outcome.error
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """What an update was asked for."""
-
-    kv_cache: str
-    verify: str | None
-    timeout_s: float
-
-    def for_reading(self) -> dict[str, Any]:
-        """The part of a control request that says how to read."""
-        asked = {"timeout_s": self.timeout_s, **_trace_context()}
-        return asked if self.verify is None else {**asked, "verify": self.verify}
-
-
-class _Progress:
-    """Where a running sync is, and how long each phase took."""
-
-    def __init__(self, version: int) -> None:
-        self.version = version
-        self.phase = ""
-        self.seconds: dict[str, float] = {}
-        self.started_unix_s = time.time()
-        self._started = time.perf_counter()
-
-    @contextlib.contextmanager
-    def enter(self, phase: str) -> Iterator[None]:
-        self.phase = phase
-        started = time.perf_counter()
-        with tracing.span(f"rdt.{phase}", version=self.version):
-            yield
-        self.seconds[phase] = time.perf_counter() - started
-
-    @property
-    def total_s(self) -> float:
-        return time.perf_counter() - self._started
-
-    def failure(self, error: RdtError) -> SyncFailure:
-        reason = error.__cause__ if isinstance(error.__cause__, RdtError) else error
-        return SyncFailure(
-            version=self.version,
-            phase=self.phase,
-            error_type=type(reason).__name__,
-            message=str(error),
-            engine=str(getattr(error, "engine", "")),
-            rank=int(getattr(error, "rank", -1)),
-            started_unix_s=self.started_unix_s,
-            seconds=self.total_s,
-        )
-
-
-def _trace_context() -> dict[str, str]:
-    traceparent = tracing.traceparent()
-    return {"traceparent": traceparent} if traceparent else {}
-
-
-def _make_report(progress: _Progress, answers: Mapping[str, Mapping[str, Any]]) -> SyncReport:
-    rows = [
-        _make_rank_report(url, rank) for url, answer in sorted(answers.items()) for rank in answer["ranks"]
-    ]
-    return SyncReport(
-        version=progress.version,
-        num_tensors=max(rank["num_tensors"] for answer in answers.values() for rank in answer["ranks"]),
-        nbytes=sum(row.nbytes for row in rows),
-        publish_wait_s=progress.seconds["publish_wait"],
-        prepare_s=progress.seconds["prepare"],
-        commit_s=max(row.commit_s for row in rows),
-        stall_s=max(float(answer["stall_s"]) for answer in answers.values()),
-        total_s=progress.total_s,
-        ranks=tuple(rows),
-        started_unix_s=progress.started_unix_s,
-    )
-
-
-def _make_rank_report(engine: str, rank: Mapping[str, Any]) -> RankReport:
-    return RankReport(
-        engine=engine,
-        rank=int(rank["rank"]),
-        mode=rank.get("mode", STAGED),
-        nbytes=rank["nbytes"],
-        read_nbytes=rank["read_nbytes"],
-        num_reads=rank["num_reads"],
-        prepare_s=rank["prepare_s"],
-        commit_s=rank["commit_s"],
-        transports={int(trainer): name for trainer, name in rank["trainers"].items()},
-        prepare_started_unix_s=float(rank.get("prepare_started_unix_s", 0.0)),
-        commit_started_unix_s=float(rank.get("commit_started_unix_s", 0.0)),
-        links=tuple(LinkReport(**link) for link in rank.get("links", ())),
-    )
 
 
 def _region_digests(answer: Mapping[str, Any]) -> list[RegionDigest]:

@@ -1,0 +1,83 @@
+"""One engine as the driver of a group sees it: how to reach it, its ranks, and the version it holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class EngineControl(Protocol):
+    """How a driver reaches one engine. :class:`rdt_core.engine_http.EngineHttp` is the real one.
+
+    Attributes:
+        url: the engine's identity in its group.
+    """
+
+    url: str
+
+    def call(self, method: str, payload: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
+        """Run a control method on every rank; blocks, at most ``timeout_s`` seconds.
+
+        Raises:
+            RdtError: the typed error of the first rank that failed; its ``failed_rank`` says which.
+            EngineError: the engine does not answer, or with something else.
+        """
+
+    def is_listening(self) -> bool:
+        """Whether something still accepts connections there. Blocks for 2 seconds at most."""
+
+    def close(self) -> None:
+        """Let go of connections. Idempotent."""
+
+
+class Member:
+    """An engine of a group.
+
+    Args:
+        engine: how to reach it.
+    """
+
+    def __init__(self, engine: EngineControl) -> None:
+        self._engine = engine
+        self.ranks: list[dict[str, Any]] = []
+        self.version = 0
+
+    @property
+    def url(self) -> str:
+        """The engine's identity."""
+        return self._engine.url
+
+    @property
+    def rank_ids(self) -> list[tuple[str, int]]:
+        """Every rank as the coordinator names it."""
+        return [(self.url, int(rank["rank"])) for rank in self.ranks]
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the engine has joined, as far as this driver knows."""
+        return bool(self.ranks)
+
+    def connect(self, asked: Mapping[str, Any], timeout_s: float) -> None:
+        """Have every rank join the group; replaces an earlier connection."""
+        answer = self.call("connect", {**asked, "engine": self.url}, timeout_s)
+        self.ranks = answer["ranks"]
+        # The whole engine holds a version when all of its ranks do.
+        self.version = min(int(rank.get("version", 0)) for rank in self.ranks)
+
+    def reads_in(self, mode: str) -> bool:
+        """Whether every rank is connected in this mode."""
+        return all(rank["mode"] == mode for rank in self.ranks)
+
+    def call(self, method: str, payload: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+        """See :meth:`EngineControl.call`."""
+        return self._engine.call(method, payload, timeout_s=timeout_s)
+
+    def is_listening(self) -> bool:
+        """See :meth:`EngineControl.is_listening`."""
+        return self._engine.is_listening()
+
+    def close(self) -> None:
+        """Let go of the engine without a word to it. Idempotent."""
+        self._engine.close()

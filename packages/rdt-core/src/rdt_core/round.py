@@ -1,0 +1,227 @@
+"""One attempt to bring engines to a version: everybody reads, then everybody commits, or nobody does."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rdt_core.errors import ConfigError, DeadlineError, EngineUnreachableError, RdtError, UpdateFailedError
+from rdt_core.mode import INPLACE, STAGED
+from rdt_core.progress import trace_context
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from concurrent.futures import ThreadPoolExecutor
+
+    from rdt_core.client import CoordinatorClient
+    from rdt_core.coordinator import Outcome
+    from rdt_core.member import Member
+
+logger = logging.getLogger(__name__)
+
+ALL_OR_NONE = "group"
+EACH_ALONE = "engine"
+
+_ABORT_TIMEOUT_S = 5.0
+
+_LOOK_S = 2.0
+"""How often a driver that waits for reads looks whether the engines that read are still there."""
+
+MARGIN_S = 5.0
+"""What an engine gets on top of its own deadline, so that it is the engine's error that reaches the user."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateOptions:
+    """What an update was asked for; see :meth:`rdt_core.sync.WeightSync.update`.
+
+    Raises:
+        ConfigError: a value is not one of those that there are.
+    """
+
+    mode: str | None = None
+    verify: str | None = None
+    kv_cache: str = "recompute"
+    commit_policy: str = ALL_OR_NONE
+    timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("mode", self.mode, (None, STAGED, INPLACE)),
+            ("verify", self.verify, (None, "digest")),
+            ("kv_cache", self.kv_cache, ("recompute", "keep")),
+            ("commit_policy", self.commit_policy, (ALL_OR_NONE, EACH_ALONE)),
+        ):
+            if value not in allowed:
+                known = " or ".join(repr(one) for one in allowed if one is not None)
+                raise ConfigError(f"{name} {value!r} is not {known}. Leave it out for the default.")
+        if not self.timeout_s > 0:
+            raise ConfigError(f"timeout_s must be seconds, more than 0, got {self.timeout_s!r}.")
+
+    def for_reading(self) -> dict[str, Any]:
+        """The part of a control request that says how to read."""
+        asked = {"timeout_s": self.timeout_s, **trace_context()}
+        return asked if self.verify is None else {**asked, "verify": self.verify}
+
+
+class Round:
+    """One attempt at one version. Used by one driver thread, once.
+
+    Args:
+        client: of the group's coordinator.
+        pool: threads for talking to engines.
+        members: that are to take the version.
+        version: published by every trainer rank.
+        options: how.
+    """
+
+    def __init__(
+        self,
+        client: CoordinatorClient,
+        pool: ThreadPoolExecutor,
+        members: Sequence[Member],
+        version: int,
+        options: UpdateOptions,
+    ) -> None:
+        self._client, self._pool, self._version, self._options = client, pool, version, options
+        self._members = list(members)
+        self.failures: list[UpdateFailedError] = []
+
+    def prepare(self) -> list[Member]:
+        """Have every rank of every member read. Blocks until all have, or one has failed.
+
+        Returns:
+            The members that may commit; with ``commit_policy="group"`` all of them.
+
+        Raises:
+            UpdateFailedError: a rank failed; with ``commit_policy="engine"``, in every engine. Whoever had
+                begun was told to forget it.
+            CoordinatorLostError, DeadlineError: the coordinator does not answer.
+        """
+        attempt = f"{self._version}:{uuid.uuid4().hex}"
+        payload = {"version": self._version, "attempt": attempt, **self._options.for_reading()}
+        try:
+            failed = self._on_all(
+                "prepare",
+                self._members,
+                lambda member: member.call("prepare", payload, self._options.timeout_s),
+            )
+            if not (failed and self._is_all_or_none):
+                reading = [member for member in self._members if member not in failed]
+                failed |= self._wait_for_reads(attempt, reading)
+            return self._sift(failed)
+        except RdtError:
+            self.abort(self._members)
+            raise
+
+    def commit(self, members: Sequence[Member]) -> dict[str, dict[str, Any]]:
+        """Have members flip, all at once. Blocks until all have answered.
+
+        Returns:
+            By URL, what each engine answered.
+
+        Raises:
+            UpdateFailedError: an engine did not commit; with ``commit_policy="engine"``, none did. Those that
+                did serve the version.
+        """
+        answers: dict[str, dict[str, Any]] = {}
+        payload = {
+            "version": self._version,
+            "kv_cache": self._options.kv_cache,
+            **self._options.for_reading(),
+        }
+
+        def commit(member: Member) -> None:
+            timeout_s = self._options.timeout_s + MARGIN_S
+            answers[member.url] = member.call("commit", payload, timeout_s)
+            member.version = self._version
+
+        failed = self._on_all("commit", members, commit)
+        self.abort(list(failed))
+        self.failures += failed.values()
+        if failed and (self._is_all_or_none or not answers):
+            raise _first(self.failures)
+        return answers
+
+    def abort(self, members: Sequence[Member]) -> None:
+        """Tell members to forget what they read, as far as they still listen. Never raises."""
+
+        def abort(member: Member) -> None:
+            member.call("abort", {}, _ABORT_TIMEOUT_S)
+
+        for member, error in self._on_all("abort", members, abort).items():
+            logger.warning("engine %s did not abort: %s", member.url, error.detail)
+
+    @property
+    def _is_all_or_none(self) -> bool:
+        return self._options.commit_policy == ALL_OR_NONE
+
+    def _sift(self, failed: Mapping[Member, UpdateFailedError]) -> list[Member]:
+        self.failures += failed.values()
+        ready = [member for member in self._members if member not in failed]
+        if failed and (self._is_all_or_none or not ready):
+            raise _first(self.failures)
+        self.abort(list(failed))
+        return ready
+
+    def _wait_for_reads(self, attempt: str, members: Sequence[Member]) -> dict[Member, UpdateFailedError]:
+        """Until every rank has read, or one failed where that decides; the first failure by member."""
+        deadline = time.monotonic() + self._options.timeout_s + MARGIN_S
+        waiting = list(members)
+        failed: dict[Member, UpdateFailedError] = {}
+        while waiting and not (failed and self._is_all_or_none):
+            left = deadline - time.monotonic()
+            ids = [rank_id for member in waiting for rank_id in member.rank_ids]
+            outcomes = self._client.wait_prepared(attempt, ids, max(0.0, min(left, _LOOK_S)))
+            for member in list(waiting):
+                error = self._judge(member, outcomes, is_late=left <= 0)
+                if error is not None:
+                    failed[member] = error
+                if error is not None or all(rank_id in outcomes for rank_id in member.rank_ids):
+                    waiting.remove(member)
+        return failed
+
+    def _judge(
+        self, member: Member, outcomes: Mapping[tuple[str, int], Outcome], *, is_late: bool
+    ) -> UpdateFailedError | None:
+        """Why a member's read has failed; None when it has not, or not yet."""
+        for url, rank in member.rank_ids:
+            outcome = outcomes.get((url, rank))
+            if outcome is not None and outcome.error is not None:
+                return self._failed("prepare", member, rank, outcome.error)
+        silent = [rank for url, rank in member.rank_ids if (url, rank) not in outcomes]
+        if silent and is_late:
+            what = f"the read of version {self._version}"
+            late = DeadlineError(what, self._options.timeout_s, "Look into that engine's log.")
+            return self._failed("prepare", member, silent[0], late)
+        if silent and not member.is_listening():
+            gone = EngineUnreachableError(member.url, "it stopped listening while it read")
+            return self._failed("prepare", member, -1, gone)
+        return None
+
+    def _on_all(
+        self, phase: str, members: Sequence[Member], act: Callable[[Member], object]
+    ) -> dict[Member, UpdateFailedError]:
+        """Act on members at once and wait for all; the failures by member."""
+        failed: dict[Member, UpdateFailedError] = {}
+
+        def guarded(member: Member) -> None:
+            try:
+                act(member)
+            except RdtError as error:
+                failed[member] = self._failed(phase, member, error.failed_rank, error)
+
+        list(self._pool.map(guarded, members) if len(members) > 1 else map(guarded, members))
+        return failed
+
+    def _failed(self, phase: str, member: Member, rank: int, error: RdtError) -> UpdateFailedError:
+        failure = UpdateFailedError(self._version, phase, member.url, rank, str(error))
+        failure.__cause__ = error
+        return failure
+
+
+def _first(failures: Sequence[UpdateFailedError]) -> UpdateFailedError:
+    return min(failures, key=lambda failure: (failure.engine, failure.rank))

@@ -1,0 +1,257 @@
+"""What a driver promises over several engines: all or none, members that come and go, failures by name."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from rdt_core import WeightSync
+from rdt_core.errors import (
+    BusyError,
+    ClosedError,
+    ConfigError,
+    EngineUnreachableError,
+    SourceDiedError,
+    StaleVersionError,
+    UpdateFailedError,
+)
+from tests.contract import gated
+from tests.contract.local_engine import LocalEngine
+from tests.contract.world import GROUP, World, expected_fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+TIMEOUT_S = 60.0
+
+
+@pytest.fixture
+def make_engine(world: World) -> Iterator[Callable[[str], LocalEngine]]:
+    made: list[LocalEngine] = []
+
+    def make(name: str) -> LocalEngine:
+        made.append(LocalEngine(world.channel, name))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.stop()
+
+
+@pytest.fixture
+def engines(make_engine: Callable[[str], LocalEngine]) -> list[LocalEngine]:
+    return [make_engine(name) for name in ("a", "b")]
+
+
+def connect(
+    world: World, engines: list[LocalEngine], mode: str = "staged", transport: str = "memory"
+) -> WeightSync:
+    asked = {"group": GROUP, "transport": transport, "mode": mode, "timeout_s": TIMEOUT_S}
+    sync = WeightSync(world.client, engines, asked)
+    sync.join_all()
+    return sync
+
+
+@pytest.fixture
+def sync(world: World, engines: list[LocalEngine]) -> Iterator[WeightSync]:
+    """A driver of both engines, which serve a version."""
+    with connect(world, engines) as made:
+        made.update(publish_next(world), timeout_s=TIMEOUT_S)
+        yield made
+
+
+def publish_next(world: World) -> int:
+    version = world.trainers[0].publisher.version + 1
+    world.publish(version)
+    return version
+
+
+def test_one_engine_that_dies_before_the_read_keeps_all_from_committing(
+    world: World, engines: list[LocalEngine], sync: WeightSync
+) -> None:
+    served, version = sync.version, publish_next(world)
+    engines[1].is_dead = True
+    with pytest.raises(UpdateFailedError) as caught:
+        sync.update(version, timeout_s=TIMEOUT_S)
+    assert (caught.value.phase, caught.value.engine) == ("prepare", "b")
+    assert isinstance(caught.value.__cause__, EngineUnreachableError)
+    assert engines[0].fingerprint == expected_fingerprint(served)
+    engines[1].is_dead = False
+    sync.update(version, timeout_s=TIMEOUT_S)
+    assert engines[0].fingerprint == engines[1].fingerprint == expected_fingerprint(version)
+
+
+def test_with_policy_engine_the_others_commit_and_the_one_that_failed_is_reported_and_catches_up(
+    world: World, engines: list[LocalEngine], sync: WeightSync
+) -> None:
+    served, version = sync.version, publish_next(world)
+    engines[1].is_dead = True
+    report = sync.update(version, commit_policy="engine", timeout_s=TIMEOUT_S)
+    assert engines[0].fingerprint == expected_fingerprint(version)
+    assert engines[1].fingerprint == expected_fingerprint(served)
+    (failure,) = report.failures
+    assert (failure.engine, failure.phase, failure.error_type) == ("b", "prepare", "EngineUnreachableError")
+    assert sync.version == served
+    engines[1].is_dead = False
+    again = sync.update(version, timeout_s=TIMEOUT_S)
+    assert [row.engine for row in again.ranks] == ["b"]
+    assert engines[1].fingerprint == expected_fingerprint(version)
+    assert sync.version == version
+
+
+def test_with_policy_engine_a_sync_that_fails_everywhere_raises(
+    world: World, engines: list[LocalEngine], sync: WeightSync
+) -> None:
+    for engine in engines:
+        engine.is_dead = True
+    with pytest.raises(UpdateFailedError):
+        sync.update(publish_next(world), commit_policy="engine", timeout_s=TIMEOUT_S)
+    for engine in engines:
+        engine.is_dead = False
+
+
+def test_a_driver_notices_an_engine_that_dies_while_it_reads(
+    world: World, engines: list[LocalEngine]
+) -> None:
+    sync = connect(world, engines, transport=gated.NAME)
+    version = publish_next(world)
+    gated.gate.close()
+    gated.gate.on_reach = lambda: setattr(engines[1], "is_dead", True)
+    with pytest.raises(UpdateFailedError) as caught:
+        sync.update(version, timeout_s=10 * TIMEOUT_S)
+    assert (caught.value.phase, caught.value.engine) == ("prepare", "b")
+    gated.reset()
+    engines[1].is_dead = False
+    sync.close()
+
+
+def test_a_failed_read_names_engine_rank_and_phase_and_the_next_update_works(
+    world: World, engines: list[LocalEngine]
+) -> None:
+    sync = connect(world, engines, transport=gated.NAME)
+    gated.gate.failure = SourceDiedError(1, "killed by the test")
+    with pytest.raises(UpdateFailedError) as caught:
+        sync.update(publish_next(world), timeout_s=TIMEOUT_S)
+    assert (caught.value.phase, caught.value.rank) == ("prepare", 0)
+    assert isinstance(caught.value.__cause__, SourceDiedError)
+    gated.reset()
+    version = publish_next(world)
+    sync.update(version, timeout_s=TIMEOUT_S)
+    assert engines[0].fingerprint == engines[1].fingerprint == expected_fingerprint(version)
+    sync.close()
+
+
+def test_one_in_place_engine_that_tears_is_named_and_repaired_by_the_same_version(
+    world: World, engines: list[LocalEngine]
+) -> None:
+    sync = connect(world, engines[:1], mode="inplace", transport=gated.NAME)
+    version = publish_next(world)
+    gated.gate.failure = SourceDiedError(1, "killed by the test")
+    with pytest.raises(UpdateFailedError) as caught:
+        sync.update(version, timeout_s=TIMEOUT_S)
+    assert caught.value.phase == "commit"
+    assert engines[0].subscriber.is_torn
+    gated.reset()
+    sync.update(version, timeout_s=TIMEOUT_S)
+    assert not engines[0].subscriber.is_torn
+    assert engines[0].fingerprint == expected_fingerprint(version)
+    sync.close()
+
+
+def test_a_late_joiner_gets_the_current_version_at_once_and_nobody_else_reconnects(
+    sync: WeightSync, engines: list[LocalEngine], make_engine: Callable[[str], LocalEngine]
+) -> None:
+    before = [list(engine.calls) for engine in engines]
+    late = make_engine("late")
+    assert sync.add_member(late) == sync.version
+    assert late.fingerprint == engines[0].fingerprint == expected_fingerprint(sync.version)
+    assert [engine.calls for engine in engines] == before
+
+
+def test_a_late_joiner_waits_for_the_next_version_when_the_trainer_has_moved_on(
+    world: World,
+    sync: WeightSync,
+    engines: list[LocalEngine],
+    make_engine: Callable[[str], LocalEngine],
+) -> None:
+    version = publish_next(world)
+    late = make_engine("late")
+    assert sync.add_member(late) == 0
+    sync.update(version, timeout_s=TIMEOUT_S)
+    assert late.fingerprint == engines[0].fingerprint == expected_fingerprint(version)
+
+
+def test_a_joiner_that_cannot_connect_is_no_member(
+    world: World, sync: WeightSync, make_engine: Callable[[str], LocalEngine]
+) -> None:
+    late = make_engine("late")
+    late.is_dead = True
+    with pytest.raises(EngineUnreachableError):
+        sync.add_member(late)
+    assert "late" not in sync.engines
+    late.is_dead = False
+    sync.update(publish_next(world), timeout_s=TIMEOUT_S)
+    assert "prepare" not in late.calls
+
+
+def test_a_dead_engine_can_be_removed_and_the_others_go_on(
+    world: World, sync: WeightSync, engines: list[LocalEngine]
+) -> None:
+    engines[1].is_dead = True
+    sync.remove_engine("b")
+    version = publish_next(world)
+    assert [row.engine for row in sync.update(version, timeout_s=TIMEOUT_S).ranks] == ["a"]
+    engines[1].is_dead = False
+    with pytest.raises(ConfigError):
+        sync.remove_engine("b")
+
+
+def test_an_engine_cannot_join_twice(sync: WeightSync, engines: list[LocalEngine]) -> None:
+    with pytest.raises(ConfigError, match="member already"):
+        sync.add_member(engines[0])
+
+
+def test_a_new_driver_finds_out_which_version_the_engines_serve(
+    world: World, sync: WeightSync, engines: list[LocalEngine]
+) -> None:
+    successor = connect(world, engines)
+    assert successor.version == sync.version
+    with pytest.raises(StaleVersionError):
+        successor.update(sync.version, timeout_s=TIMEOUT_S)
+    version = publish_next(world)
+    successor.update(version, timeout_s=TIMEOUT_S)
+    assert engines[0].fingerprint == expected_fingerprint(version)
+
+
+def test_a_second_call_while_one_runs_is_refused(world: World, engines: list[LocalEngine]) -> None:
+    sync = connect(world, engines, transport=gated.NAME)
+    version = publish_next(world)
+    gated.gate.close()
+    first = threading.Thread(target=sync.update, args=(version,))
+    first.start()
+    gated.gate.wait_until_reached()
+    with pytest.raises(BusyError):
+        sync.update(version)
+    with pytest.raises(BusyError):
+        sync.remove_engine("a")
+    gated.gate.opened.set()
+    first.join(TIMEOUT_S)
+    assert sync.version == version
+    sync.close()
+    sync.close()
+    with pytest.raises(ClosedError):
+        sync.update(version + 1)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"mode": "disk"}, {"verify": "md5"}, {"kv_cache": "x"}, {"commit_policy": "some"}]
+)
+def test_an_option_that_does_not_exist_is_refused_before_anything_happens(
+    world: World, sync: WeightSync, engines: list[LocalEngine], asked: dict[str, str]
+) -> None:
+    before = list(engines[0].calls)
+    with pytest.raises(ConfigError, match=next(iter(asked))):
+        sync.update(publish_next(world), **asked)  # type: ignore[arg-type]  # each value is a wrong one
+    assert engines[0].calls == before
