@@ -8,7 +8,13 @@ import typer
 from typer.core import TyperGroup
 
 import rdt_core
-from rdt_core.cli import manifest_command, plan_command, simulate_command
+from rdt_core.cli import (
+    gateway_command,
+    manifest_command,
+    plan_command,
+    simulate_command,
+    trace_command,
+)
 from rdt_core.errors import RdtError
 
 
@@ -49,6 +55,8 @@ def root(
     """Weight sync from live trainers into live inference engines: plan it, predict it, look into it."""
 
 
+app.command("gateway", context_settings=gateway_command.CONTEXT)(gateway_command.run)
 app.command("manifest")(manifest_command.run)
 app.command("plan")(plan_command.run)
 app.command("simulate")(simulate_command.run)
+app.command("trace")(trace_command.run)

@@ -1,4 +1,4 @@
-"""``python -m rdt_core.gateway``: serve the gateway. Flags are those of AReaL's gateway, and a few more."""
+"""Serves the gateway, ``rdt gateway``. Flags are those of AReaL's gateway, and a few more."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def settings_of(args: argparse.Namespace) -> GatewaySettings:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m rdt_core.gateway", description=__doc__)
+    parser = argparse.ArgumentParser(prog="rdt gateway", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7080, help="port to listen on (default: %(default)s)")
     parser.add_argument(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from fastapi import APIRouter, Depends, FastAPI, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -37,8 +38,10 @@ from rdt_core.gateway.bodies import (
 )
 from rdt_core.gateway.body_limit import BodyLimit
 from rdt_core.gateway.errors import GatewayError, UnsupportedRequestError
+from rdt_core.gateway.metrics_route import make_metrics, make_metrics_router
 from rdt_core.gateway.pair import PairSpec
 from rdt_core.gateway.pairs import Pairs
+from rdt_core.gateway.status_page import make_status_router
 from rdt_core.gateway.store import MetaStore
 from rdt_core.sync import WeightSync
 
@@ -53,6 +56,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PathPart = Annotated[str, Path(max_length=512)]
+UPDATE_PATH = "/update_weights"
+METHOD_NOT_ALLOWED = 405
 _CLOSE_TIMEOUT_S = 30.0
 _T = TypeVar("_T")
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -78,7 +83,14 @@ def make_app(
         observers: are told about every sync.
         connect: makes a pair's driver.
     """
-    pairs = Pairs(settings, observers, connect)
+    metrics, registry = make_metrics()
+    told = (*observers, metrics) if metrics is not None else tuple(observers)
+
+    def watch(group: str, sync: WeightSync) -> None:
+        if metrics is not None:
+            metrics.watch(group, sync.status)
+
+    pairs = Pairs(settings, told, on_open=watch, connect=connect)
     store = MetaStore(settings.max_store_bytes)
 
     @contextlib.asynccontextmanager
@@ -111,7 +123,9 @@ def make_app(
 
     guarded.include_router(_make_pair_router(pairs, store, settings))
     guarded.include_router(_make_store_router(store))
+    guarded.include_router(make_metrics_router(registry))
     app.include_router(guarded)
+    app.include_router(make_status_router(pairs, [settings.api_key]))
     return app
 
 
@@ -121,14 +135,14 @@ def _make_pair_router(pairs: Pairs, store: MetaStore, settings: GatewaySettings)
     @router.post("/connect", responses=_ERRORS)
     async def connect(body: ConnectBody) -> ConnectAnswer:
         spec = _parse_spec(body, settings)
-        pair = pairs.connect(spec)
+        pair = pairs.connect(spec, body.setup_timeout_s)
         sync = await _result(pair.connected)
         ranks = sum(len(rows) for rows in sync.engines.values())
         return ConnectAnswer(
             pair_name=spec.name, group=pair.group, num_engines=len(spec.engines), num_engine_ranks=ranks
         )
 
-    @router.post("/update_weights", response_model=UpdateAnswer, responses=_UPDATE_ERRORS)
+    @router.post(UPDATE_PATH, response_model=UpdateAnswer, responses=_UPDATE_ERRORS)
     async def update_weights(body: UpdateBody) -> UpdateAnswer | JSONResponse:
         started = time.perf_counter()
         pair: Pair | None = None
@@ -258,21 +272,33 @@ def _answer_errors_in_one_form(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        del request
-        body = {"error": str(error.detail), "error_type": "HTTPException"}
-        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+        body: dict[str, object] = {"error": str(error.detail), "error_type": "HTTPException"}
+        headers = dict(error.headers or {})
+        if error.status_code == METHOD_NOT_ALLOWED:
+            headers["Allow"] = ", ".join(_methods_of(app, request.url.path))
+        return JSONResponse(body | _update_fields_of(request), status_code=error.status_code, headers=headers)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         body: dict[str, object] = {"error": f"{where}: {first['msg']}", "error_type": "ValidationError"}
-        if request.url.path == "/update_weights":
-            body |= update_error_fields(0, 0.0, may_be_mutated=False)
-        return JSONResponse(body, status_code=422)
+        return JSONResponse(body | _update_fields_of(request), status_code=422)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         # The server logs the error with its trace after this answer.
         del request
         return error_answer(error)
+
+
+def _update_fields_of(request: Request) -> dict[str, object]:
+    """What a refused ``/update_weights`` adds to its answer; nothing for other routes."""
+    is_update = request.url.path == UPDATE_PATH and request.method == "POST"
+    return update_error_fields(0, 0.0, may_be_mutated=False) if is_update else {}
+
+
+def _methods_of(app: FastAPI, path: str) -> list[str]:
+    """Every method of a path; Starlette tells those of the first route that has it."""
+    routes = [route for route in app.routes if isinstance(route, APIRoute) and route.path_regex.match(path)]
+    return sorted({method for route in routes for method in route.methods})

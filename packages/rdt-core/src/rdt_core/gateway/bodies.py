@@ -7,8 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, StringConstraints
 
 PairName = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_.:@+-]+$")]
+_HOST = r"([A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63}){0,31}|\[[0-9A-Fa-f:.]{2,45}\])"
 WorkerUrl = Annotated[
-    str, StringConstraints(max_length=2000, pattern=r"^https?://[A-Za-z0-9_.\[\]:-]+(/[A-Za-z0-9_./~-]*)?$")
+    str,
+    StringConstraints(
+        max_length=2000, pattern=rf"^https?://{_HOST}(:[0-9]{{1,5}})?(/[A-Za-z0-9_./~-]{{0,500}})?$"
+    ),
 ]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 MAX_WORKERS = 4096

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rdt_core.errors import ClosedError, RdtError
 from rdt_core.gateway.errors import PairBusyError
+from rdt_core.report import SyncFailure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from rdt_core.gateway.trainers import TrainerWorkers
-    from rdt_core.report import SyncFailure, SyncReport
+    from rdt_core.report import SyncReport
     from rdt_core.sync import WeightSync
+
+
+MAX_HISTORY = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,25 +56,30 @@ class UpdateResult:
     seconds: float
 
 
-@dataclass(slots=True)
-class PhaseNote:
-    """A :class:`rdt_core.observer.SyncObserver` that remembers the phase in which the last sync failed."""
+class PairNotes:
+    """A :class:`rdt_core.observer.SyncObserver` that keeps how the last syncs of a pair ended."""
 
-    failed_phase: str = ""
+    def __init__(self) -> None:
+        self._last: deque[SyncReport | SyncFailure] = deque(maxlen=MAX_HISTORY)
+
+    @property
+    def history(self) -> list[SyncReport | SyncFailure]:
+        """Oldest first."""
+        return list(self._last)
 
     def on_connected(self, group: str, engines: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Nothing has failed yet."""
+        """Nothing to keep: the driver knows its engines."""
 
     def on_synced(self, group: str, report: SyncReport) -> None:
-        """Nothing failed."""
-        self.failed_phase = ""
+        """Keep it."""
+        self._last.append(report)
 
     def on_failed(self, group: str, failure: SyncFailure) -> None:
-        """Remember it."""
-        self.failed_phase = failure.phase
+        """Keep it."""
+        self._last.append(failure)
 
     def on_closed(self, group: str) -> None:
-        """Nothing to remember."""
+        """Nothing to keep: the pair goes away."""
 
 
 @dataclass(slots=True)
@@ -94,7 +104,7 @@ class Pair:
     def __init__(
         self,
         spec: PairSpec,
-        open_sync: Callable[[str, PairSpec, PhaseNote], WeightSync],
+        open_sync: Callable[[str, PairNotes], WeightSync],
         workers: TrainerWorkers | None,
         init_timeout_s: float,
     ) -> None:
@@ -103,7 +113,8 @@ class Pair:
         self._open_sync = open_sync
         self._workers = workers
         self._init_timeout_s = init_timeout_s
-        self._note = PhaseNote()
+        self._notes = PairNotes()
+        self._failed_phase = ""
         self._lock = threading.Lock()
         self._running: _Running | None = None
         self._last: UpdateResult | None = None
@@ -162,8 +173,8 @@ class Pair:
 
     @property
     def failed_phase(self) -> str:
-        """The phase in which the last sync failed; empty when it did not, or did not begin."""
-        return self._note.failed_phase
+        """The phase in which the last update failed; empty when it did not, or its sync did not begin."""
+        return self._failed_phase
 
     @property
     def last(self) -> UpdateResult | None:
@@ -185,6 +196,14 @@ class Pair:
             "last_error": self._last_error,
         }
 
+    def history(self) -> list[SyncReport | SyncFailure]:
+        """The last syncs, oldest first."""
+        return self._notes.history
+
+    def engine_ranks(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        """What every engine rank answered to connect, by URL; empty while connecting."""
+        return self._sync.engines if self._sync is not None else {}
+
     def status(self) -> dict[str, Any] | None:
         """What the group's coordinator says; None while connecting. Blocks for its answer.
 
@@ -199,7 +218,7 @@ class Pair:
                 told = self._workers.learn_group(self._init_timeout_s)
                 self.group = told
                 self._workers.init(self.spec.name, len(self.spec.engines), self._init_timeout_s)
-            self._sync = self._open_sync(self.group, self.spec, self._note)
+            self._sync = self._open_sync(self.group, self._notes)
         except RdtError:
             self._let_trainers_go()
             raise
@@ -208,7 +227,7 @@ class Pair:
     def _update(self, version: int, mode: str | None, kv_cache: str, timeout_s: float) -> UpdateResult:
         sync = self.connected.result(timeout=0)
         started = time.perf_counter()
-        self._note.failed_phase = ""
+        self._failed_phase = ""
         try:
             if self._workers is not None:
                 self._workers.publish(self.spec.name, version, timeout_s)
@@ -216,6 +235,9 @@ class Pair:
             report = sync.update(version, mode=mode, kv_cache=kv_cache, timeout_s=timeout_s)
         except RdtError as error:
             self._last_error = str(error)
+            ended = self._notes.history[-1:]
+            if ended and isinstance(ended[0], SyncFailure) and ended[0].version == version:
+                self._failed_phase = ended[0].phase
             raise
         result = UpdateResult(
             report=report, publish_s=published - started, seconds=time.perf_counter() - started

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rdt_core.errors import RdtError
 from rdt_core.gateway.errors import PairExistsError, UnknownPairError, UnsupportedRequestError
-from rdt_core.gateway.pair import Pair, PairSpec, PhaseNote
+from rdt_core.gateway.pair import Pair, PairNotes, PairSpec
 from rdt_core.gateway.trainers import TrainerWorkers
 from rdt_core.sync import WeightSync
 
@@ -33,6 +33,7 @@ class Pairs:
     Args:
         settings: keys, deadlines and the transport.
         observers: are told about the syncs of every pair.
+        on_open: is given each group and its driver, once connected.
         connect: makes a driver; :meth:`rdt_core.sync.WeightSync.connect` unless a test brings a group that
             lives in its own process.
     """
@@ -41,19 +42,26 @@ class Pairs:
         self,
         settings: GatewaySettings,
         observers: Sequence[SyncObserver] = (),
+        *,
+        on_open: Callable[[str, WeightSync], None] | None = None,
         connect: Callable[..., WeightSync] = WeightSync.connect,
     ) -> None:
         self._settings = settings
         self._observers = tuple(observers)
+        self._on_open = on_open
         self._connect_sync = connect
         self._pairs: dict[str, Pair] = {}
         self._gone: deque[str] = deque(maxlen=_REMEMBERED)
         self._lock = threading.Lock()
 
-    def connect(self, spec: PairSpec) -> Pair:
+    def connect(self, spec: PairSpec, timeout_s: float | None = None) -> Pair:
         """The pair of this spec, connecting or connected; ``pair.connected`` tells when. Safe to repeat.
 
         A pair that fails to connect is forgotten, so that its name can be used again.
+
+        Args:
+            spec: what to bring together.
+            timeout_s: for connecting; the settings' own by default.
 
         Raises:
             PairExistsError: a pair of this name has other workers.
@@ -70,7 +78,7 @@ class Pairs:
                 return known
             if len(self._pairs) >= MAX_PAIRS:
                 raise UnsupportedRequestError("pair_name", spec.name, f"There are {MAX_PAIRS} pairs already.")
-            pair = self._make(spec)
+            pair = self._make(spec, timeout_s or self._settings.init_timeout_s)
             self._pairs[spec.name] = pair
         pair.connected.add_done_callback(lambda connected: self._forget_if_failed(pair, connected))
         return pair
@@ -114,24 +122,30 @@ class Pairs:
         if late:
             logger.warning("%d pairs were not disconnected within %.0f s", len(late), timeout_s)
 
-    def _make(self, spec: PairSpec) -> Pair:
-        settings = self._settings
+    def _make(self, spec: PairSpec, timeout_s: float) -> Pair:
         workers = None
         if spec.trainer_workers:
-            workers = TrainerWorkers(spec.trainer_workers, api_key=settings.trainer_api_key)
-        return Pair(spec, self._open_sync, workers, settings.init_timeout_s)
+            workers = TrainerWorkers(spec.trainer_workers, api_key=self._settings.trainer_api_key)
 
-    def _open_sync(self, group: str, spec: PairSpec, note: PhaseNote) -> WeightSync:
+        def open_sync(group: str, notes: PairNotes) -> WeightSync:
+            return self._open_sync(group, spec, notes, timeout_s)
+
+        return Pair(spec, open_sync, workers, timeout_s)
+
+    def _open_sync(self, group: str, spec: PairSpec, notes: PairNotes, timeout_s: float) -> WeightSync:
         if spec.group and group != spec.group:
             remedy = f"The trainer workers are of group {group!r}."
             raise UnsupportedRequestError("group", repr(spec.group), remedy)
         options: dict[str, Any] = {
             "api_key": self._settings.engine_api_key or None,
             "transport": self._settings.transport,
-            "timeout_s": self._settings.init_timeout_s,
-            "observers": (*self._observers, note),
+            "timeout_s": timeout_s,
+            "observers": (*self._observers, notes),
         }
-        return self._connect_sync(group, list(spec.engines), **options)
+        sync = self._connect_sync(group, list(spec.engines), **options)
+        if self._on_open is not None:
+            self._on_open(group, sync)
+        return sync
 
     def _forget_if_failed(self, pair: Pair, connected: Future[WeightSync]) -> None:
         error = connected.exception()

@@ -100,7 +100,7 @@ class TrainerWorkers:
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
         try:
             response = self._client.request(verb, f"{url}/rdt/{route}", json=payload, timeout=timeout)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             reason = f"it does not answer /rdt/{route}: {type(error).__name__} {error}".strip()
             raise TrainerWorkerError(url, reason) from error
         try:
