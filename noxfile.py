@@ -1,9 +1,10 @@
 """Everything that is run on this project: ``python -m nox`` for all of it, ``python -m nox -l`` for the list.
 
 The large environments are built once each, by a session of their own, and shared by the sessions that
-require them: ``env-torch`` (torch, ray, nixl; no engine), ``env-megatron`` (the same with Megatron-core) and
-``env-vllm`` (the same with vLLM's CPU build and the demo's model). A stamp in the environment holds a hash of
-what it was built from, and only a change of that builds it again. docs/development.md says more.
+require them: ``env-torch`` (torch, ray, nixl; no engine), ``env-megatron`` (the same with Megatron-core),
+``env-vllm`` and ``env-sglang`` (the same with an engine for the CPU and the demo's model). A stamp in the
+environment holds a hash of what it was built from, and only a change of that builds it again.
+docs/development.md says more.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ nox.options.sessions = [
     "integration",
     "integration-megatron",
     "e2e-vllm",
+    "e2e-sglang",
     "demo",
     "build",
 ]
@@ -108,12 +110,17 @@ class Environment:
 
     def fingerprint(self) -> str:
         """A hash of all that decides what the built environment holds."""
-        projects = [folder / "pyproject.toml" for folder in self.local]
-        return hash_files(*self.requirements, *projects, seed=self.python)
+        sources = [file for folder in self.local for file in list_sources(folder)]
+        return hash_files(*self.requirements, *sources, seed=self.python)
 
     def is_built(self) -> bool:
         """Whether the environment on disk is complete and what the requirements ask for now."""
         return read_stamp(self.stamp) == self.fingerprint()
+
+
+def list_sources(folder: Path) -> list[Path]:
+    """What a local distribution is built from."""
+    return [folder / "pyproject.toml", *sorted(folder.rglob("*.py"))]
 
 
 def hash_files(*files: Path, seed: str = "") -> str:
@@ -129,6 +136,7 @@ def read_stamp(stamp: Path) -> str | None:
     return stamp.read_text() if stamp.is_file() else None
 
 
+STAND_INS = ROOT / "tests" / "environments"
 TORCH = Environment("env-torch", (CONSTRAINTS / "torch-cpu.txt",))
 MEGATRON = Environment("env-megatron", (CONSTRAINTS / "torch-cpu.txt", CONSTRAINTS / "megatron-oldest.txt"))
 # Its wheels begin at Python 3.12.
@@ -137,10 +145,11 @@ MEGATRON_LATEST = Environment(
     (CONSTRAINTS / "torch-cpu.txt", CONSTRAINTS / "megatron-latest.txt"),
     python="3.12",
 )
-VLLM = Environment(
-    "env-vllm",
-    (CONSTRAINTS / "vllm-latest.txt",),
-    (ROOT / "tests" / "environments" / "vllm-cpu-shim",),
+VLLM = Environment("env-vllm", (CONSTRAINTS / "vllm-latest.txt",), (STAND_INS / "vllm-cpu-shim",))
+SGLANG = Environment(
+    "env-sglang",
+    (CONSTRAINTS / "sglang-latest.txt",),
+    (STAND_INS / "sglang-cpu-stubs", STAND_INS / "sglang-cpu-platform"),
 )
 
 
@@ -258,6 +267,12 @@ def env_vllm(session: nox.Session) -> None:
     build_environment(session, VLLM)
 
 
+@nox.session(name="env-sglang", python=TORCH_PYTHON, default=False, reuse_venv=SGLANG.is_built())
+def env_sglang(session: nox.Session) -> None:
+    """Build the environment with SGLang in plain torch that e2e-sglang and demo share."""
+    build_environment(session, SGLANG)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting with ruff."""
@@ -315,13 +330,32 @@ def integration_megatron_latest(session: nox.Session) -> None:
 @nox.session(name="e2e-vllm", venv_backend="none", requires=["env-vllm"])
 def e2e_vllm(session: nox.Session) -> None:
     """Sync weights into real vLLM servers on the CPU, and compare every byte."""
-    run_in(session, VLLM, "-m", "pytest", "tests/e2e", "-m", "not cuda", *session.posargs, patience_s=30)
+    tests = ("tests/e2e/vllm", "tests/e2e/vllm_families")
+    run_in(session, VLLM, "-m", "pytest", *tests, "-m", "not cuda", *session.posargs, patience_s=30)
+
+
+@nox.session(name="e2e-sglang", venv_backend="none", requires=["env-sglang"])
+def e2e_sglang(session: nox.Session) -> None:
+    """Sync weights into real SGLang servers on the CPU, and compare every byte."""
+    tests = ("tests/e2e/sglang", "tests/e2e/sglang_families")
+    # SGLang compiles nothing on a CPU, and a server takes its time to start on a small machine.
+    env = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTEST_TIMEOUT": "600"}
+    run_in(
+        session, SGLANG, "-m", "pytest", *tests, "-m", "not cuda", *session.posargs, patience_s=30, env=env
+    )
 
 
 @nox.session(venv_backend="none", requires=["env-vllm"])
 def demo(session: nox.Session) -> None:
-    """Run examples/demo/run.py: a trainer and a vLLM server side by side. Arguments after -- go to it."""
-    run_in(session, VLLM, "examples/demo/run.py", *session.posargs, patience_s=30)
+    """Run examples/demo/run.py: a trainer and a vLLM server side by side. Arguments after -- go to it.
+
+    With ``--engine sglang`` or ``--engine vllm,sglang`` among them, SGLang's environment is built first.
+    """
+    arguments = list(session.posargs)
+    if any("sglang" in argument for argument in arguments):
+        session.run(sys.executable, "-m", "nox", "-s", SGLANG.session, external=True)
+        arguments += ["--sglang-python", str(SGLANG.folder / "bin" / "python")]
+    run_in(session, VLLM, "examples/demo/run.py", *arguments, patience_s=30)
 
 
 @nox.session(venv_backend="none", requires=["env-torch"], default=False)

@@ -1,6 +1,10 @@
-"""The main job on one machine: two FSDP2 ranks train a chat model, and a running vLLM follows them.
+"""The main job on one machine: two FSDP2 ranks train a chat model, and running engines follow them.
 
-    python -m nox -s demo     (or, where everything is installed: python examples/demo/run.py)
+    python -m nox -s demo                               (a vLLM server)
+    python -m nox -s demo -- --engine sglang            (an SGLang server)
+    python -m nox -s demo -- --engine vllm,sglang       (both at once, from one trainer)
+
+Where everything is installed, ``python examples/demo/run.py`` does the same.
 
 Exits with 1 when any proof fails: bytes that differ, or log-probabilities that do not agree.
 """
@@ -18,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import ray
-from engine import VllmServer
+from engine import ENGINES, EngineServer
 from facts import DEMO_QUESTIONS, prompt_ids
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -141,12 +145,13 @@ def max_difference(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def sync_once(
-    sync: WeightSync, trainers: Trainers, engine: VllmServer, ids: Sequence[int], version: int
+    sync: WeightSync, trainers: Trainers, engines: Sequence[EngineServer], ids: Sequence[int], version: int
 ) -> Any:
-    """Publish, update, prove; returns the report and a row for report.json."""
+    """Publish once, update every engine, prove; returns the report and a row for report.json."""
     trainers.publish(version)
     report = sync.update(version=version)
     verified = sync.verify()
+    trained = trainers.logprobs(ids)
     row = {
         "version": version,
         "num_tensors": report.num_tensors,
@@ -154,32 +159,47 @@ def sync_once(
         "prepare_s": report.prepare_s,
         "commit_s": report.commit_s,
         "stall_s": report.stall_s,
-        "bytes_equal": verified.bytes_equal and verified.nbytes == report.nbytes,
-        "logprob_max_abs_diff": max_difference(engine.logprobs(ids), trainers.logprobs(ids)),
+        "bytes_equal": verified.bytes_equal and verified.nbytes * len(engines) == report.nbytes,
+        "logprob_max_abs_diff": max(max_difference(engine.logprobs(ids), trained) for engine in engines),
     }
-    if engine.weight_version() != str(version):
-        raise RuntimeError(f"the engine labels its weights {engine.weight_version()!r}, expected {version!r}")
+    for engine in engines:
+        if engine.weight_version() != str(version):
+            label = engine.weight_version()
+            raise RuntimeError(f"{engine.name} labels its weights {label!r}, expected {version!r}")
     return report, row
 
 
-def run(out: Path, models: Path, rounds: int, steps_a_round: int) -> dict[str, Any]:
-    """The whole demo; returns what report.json holds."""
+def run(out: Path, models: Path, pythons: dict[str, Path], rounds: int, steps_a_round: int) -> dict[str, Any]:
+    """The whole demo; returns what report.json holds.
+
+    Args:
+        out: for the engines' logs.
+        models: where the model is unpacked.
+        pythons: the interpreter of each engine, by its name.
+        rounds: syncs.
+        steps_a_round: optimizer steps before each.
+    """
+    names = " and ".join(pythons)
     with Steps() as steps, contextlib.ExitStack() as stack:
         with steps.step(f"unpack {MODEL_NAME}"):
             model_dir = unpack_model(models)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         with steps.step("start Ray"):
             stack.enter_context(ray_cluster())
-        with steps.step(f"start vllm serve --weight-sync rdt, and {WORLD_SIZE} FSDP2 trainer ranks"):
-            engine = stack.enter_context(VllmServer(model_dir, out / "engine.log"))
+        with steps.step(f"start {names} with --weight-sync rdt, and {WORLD_SIZE} FSDP2 trainer ranks"):
+            engines = [
+                stack.enter_context(ENGINES[name](python, model_dir, out / f"{name}.log"))
+                for name, python in pythons.items()
+            ]
             trainers = Trainers(model_dir, folder / "rendezvous")
             trainers.attach()
-            engine.wait_ready()
+            for engine in engines:
+                engine.wait_ready()
         ids = prompt_ids(AutoTokenizer.from_pretrained(model_dir), FIXED_TEXT)
         with steps.step("ask the questions before any training"):
-            before = [engine.ask(question) for question in DEMO_QUESTIONS]
-        with steps.step("connect trainers and engine"):
-            sync = stack.enter_context(WeightSync.connect(GROUP, engines=[engine.url]))
+            before = ask_all(engines)
+        with steps.step(f"connect trainers and {names}"):
+            sync = stack.enter_context(WeightSync.connect(GROUP, engines=[e.url for e in engines]))
         reports: list[SyncReport] = []
         rows: list[dict[str, Any]] = []
         after = before
@@ -190,34 +210,44 @@ def run(out: Path, models: Path, rounds: int, steps_a_round: int) -> dict[str, A
             with steps.step(
                 f"round {round_number}/{rounds}: sync version {version}, prove every byte"
             ) as notes:
-                report, row = sync_once(sync, trainers, engine, ids, version)
+                report, row = sync_once(sync, trainers, engines, ids, version)
                 reports.append(report)
                 rows.append(row)
                 notes.append(f"commit {report.commit_s * 1e3:.0f} ms, bytes equal: {row['bytes_equal']}")
             with steps.step(f"round {round_number}/{rounds}: ask again"):
-                after = [engine.ask(question) for question in DEMO_QUESTIONS]
-        engine_version = engine.version()
+                after = ask_all(engines)
+        versions = [engine.version() for engine in engines]
         sync.close()
         trainers.close()
     show(reports, rows, before, after)
     answers = [
-        {"question": q, "before": b, "after": a}
-        for q, b, a in zip(DEMO_QUESTIONS, before, after, strict=True)
+        {"engine": name, "question": question, "before": old, "after": after[name, question]}
+        for (name, question), old in before.items()
     ]
     transports = sorted(
         {name for report in reports for rank in report.ranks for name in rank.transports.values()}
     )
     return {
         "model": MODEL_NAME,
-        "engine": engine_version,
+        "engine": ", ".join(versions),
         "transport": ",".join(transports),
         "versions": rows,
         "answers": answers,
     }
 
 
+def ask_all(engines: Sequence[EngineServer]) -> dict[tuple[str, str], str]:
+    """The greedy answers by engine and question."""
+    return {
+        (engine.name, question): engine.ask(question) for engine in engines for question in DEMO_QUESTIONS
+    }
+
+
 def show(
-    reports: Sequence[SyncReport], rows: Sequence[dict[str, Any]], before: Sequence[str], after: Sequence[str]
+    reports: Sequence[SyncReport],
+    rows: Sequence[dict[str, Any]],
+    before: dict[tuple[str, str], str],
+    after: dict[tuple[str, str], str],
 ) -> None:
     """Print the two tables."""
     table = Table(title="syncs")
@@ -244,11 +274,11 @@ def show(
             f"{row['logprob_max_abs_diff']:.1e}",
         )
     console.print(table)
-    table = Table(title="answers of the engine", show_lines=True)
-    for column in ("question", "before", f"after version {reports[-1].version}"):
+    table = Table(title="answers", show_lines=True)
+    for column in ("engine", "question", "before", f"after version {reports[-1].version}"):
         table.add_column(column)
-    for question, old, new in zip(DEMO_QUESTIONS, before, after, strict=True):
-        table.add_row(question, old, new)
+    for (name, question), old in before.items():
+        table.add_row(name, question, old, after[name, question])
     console.print(table)
 
 
@@ -257,14 +287,24 @@ def failed_proofs(report: dict[str, Any]) -> list[str]:
     failures = []
     for row in report["versions"]:
         if not row["bytes_equal"]:
-            failures.append(f"version {row['version']}: bytes in the engine differ from the trainer's")
+            failures.append(f"version {row['version']}: bytes in an engine differ from the trainer's")
         if not row["logprob_max_abs_diff"] <= TOLERANCE:
             failures.append(
                 f"version {row['version']}: log-probabilities differ by {row['logprob_max_abs_diff']}"
             )
-    if all(answer["before"] == answer["after"] for answer in report["answers"]):
-        failures.append("no answer changed")
+    for name in dict.fromkeys(answer["engine"] for answer in report["answers"]):
+        answers = [answer for answer in report["answers"] if answer["engine"] == name]
+        if all(answer["before"] == answer["after"] for answer in answers):
+            failures.append(f"no answer of {name} changed")
     return failures
+
+
+def parse_engines(names: str) -> list[str]:
+    """The engines named in ``vllm,sglang``."""
+    chosen = names.split(",")
+    if len(set(chosen)) != len(chosen) or not set(chosen) <= set(ENGINES):
+        raise argparse.ArgumentTypeError(f"{names!r} is not one or more of {', '.join(ENGINES)}")
+    return chosen
 
 
 def main() -> int:
@@ -272,10 +312,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--engine", choices=["vllm"], default="vllm")
+    parser.add_argument(
+        "--engine", type=parse_engines, default=["vllm"], help="vllm (default), sglang, or vllm,sglang"
+    )
+    for name in ENGINES:
+        parser.add_argument(
+            f"--{name}-python",
+            type=Path,
+            default=Path(sys.executable),
+            help=f"the interpreter beside which {name} is installed (default: this one)",
+        )
     parser.add_argument("--rounds", type=int, default=3, help="syncs (default: 3)")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps before each sync (default: 4)")
-    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="for report.json and engine.log")
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="for report.json and logs")
     parser.add_argument(
         "--models", type=Path, default=Path("build/models"), help="where the model is unpacked"
     )
@@ -284,7 +333,9 @@ def main() -> int:
     # So that being ended from outside still ends the engine and the cluster.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     started = time.perf_counter()
-    report = run(args.out.resolve(), args.models.resolve(), args.rounds, args.steps)
+    # Not resolved: a virtual environment's interpreter is a link, and knows its environment by the link.
+    pythons = {name: getattr(args, f"{name}_python").absolute() for name in args.engine}
+    report = run(args.out.resolve(), args.models.resolve(), pythons, args.rounds, args.steps)
     (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     failures = failed_proofs(report)
     for failure in failures:

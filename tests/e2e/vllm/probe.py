@@ -16,46 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 
 from rdt_core.client import LocalChannel
-from rdt_core.local_shards import LocalShard, LocalShards
-from rdt_core.manifest import TensorSpec
 from rdt_core.publisher import WeightPublisher
-from rdt_core.region import Region
 from rdt_core.subscriber import WeightSubscriber
+from tests.e2e.trainer import CheckpointTrainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 PROMPTS = ("w3 w14 w15 w92", "w65 w35 w89 w79 w32 w38 w46", "w2")
 NUM_TOKENS = 12
-
-
-class CheckpointTrainer:
-    """Holds the tensors of one checkpoint at fixed addresses and takes on the values of others."""
-
-    def __init__(self, folder: Path) -> None:
-        self._tensors = load_file(folder / "model.safetensors")
-
-    def shards(self) -> LocalShards:
-        tensors = self._tensors
-
-        def locate() -> tuple[int, ...]:
-            return tuple(tensor.data_ptr() for tensor in tensors.values())
-
-        shards = tuple(_whole(name, tensor) for name, tensor in tensors.items())
-        return LocalShards(rank=0, world_size=1, shards=shards, locate=locate)
-
-    def write(self, folder: Path) -> None:
-        for name, tensor in load_file(folder / "model.safetensors").items():
-            self._tensors[name].copy_(tensor)
-
-
-def _whole(name: str, tensor: torch.Tensor) -> LocalShard:
-    shape = tuple(tensor.shape)
-    spec = TensorSpec(name, shape, str(tensor.dtype).removeprefix("torch."))
-    return LocalShard(spec=spec, region=Region.whole(shape), data=tensor, owner=name)
 
 
 def digest_state(model: torch.nn.Module) -> dict[str, str]:

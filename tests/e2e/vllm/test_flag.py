@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.vllm.conftest import ENGINE_ENV, ROOT
+from tests.e2e.processes import ROOT
+from tests.e2e.vllm.conftest import ENGINE_ENV
 
 MIDDLEWARE = "rdt_vllm.routes.WeightSyncMiddleware"
 NCCL = '{"backend": "nccl"}'

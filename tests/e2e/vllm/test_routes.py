@@ -14,7 +14,7 @@ import pytest
 
 from rdt_core.error_wire import to_wire
 from rdt_core.errors import NotPreparedError
-from tests.e2e.vllm.conftest import API_KEY
+from tests.e2e.processes import API_KEY
 
 if TYPE_CHECKING:
     from starlette.testclient import TestClient

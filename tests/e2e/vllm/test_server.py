@@ -14,7 +14,8 @@ import pytest
 
 from rdt_core import WeightSync
 from rdt_core.errors import NotPublishedError, RdtError, UpdateFailedError
-from tests.e2e.vllm.conftest import API_KEY, Server, Trainer, serve, start_trainer
+from tests.e2e.processes import API_KEY, Server, Trainer, start_trainer
+from tests.e2e.vllm.conftest import serve
 from tests.e2e.vllm.probe import NUM_TOKENS, PROMPTS
 from tests.published import wait_known
 

@@ -8,8 +8,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: its loaders cannot be recorded")
 
-from tests.e2e.vllm_families.examination import Row, examine
-from tests.e2e.vllm_families.families import FAMILIES, save_checkpoint, start_vllm, stop_vllm
+from tests.e2e.family_checkpoints import FAMILIES, load_checkpoint, save_checkpoint
+from tests.e2e.family_examination import Row, examine
+from tests.e2e.vllm_families.families import build_model, start_vllm, stop_vllm
 from tests.integration.rank_world import RankWorld
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def rows(folder: Path) -> list[Row]:
 
 def _save_and_examine(family: str, folder: Path) -> Row:
     save_checkpoint(family, folder)
-    return examine(family, folder)
+    return examine(family, build_model(folder), load_checkpoint(folder))
 
 
 @pytest.fixture(scope="module")

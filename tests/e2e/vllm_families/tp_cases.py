@@ -10,8 +10,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tests.e2e.vllm_families.examination import examine
-from tests.e2e.vllm_families.families import join_vllm, save_checkpoint
+from tests.e2e.family_checkpoints import load_checkpoint, save_checkpoint
+from tests.e2e.family_examination import examine
+from tests.e2e.vllm_families.families import build_model, join_vllm
 
 TP_SIZE = 2
 
@@ -37,7 +38,7 @@ def examine_shard(family: str) -> dict[str, Any]:
     try:
         save_checkpoint(family, folder)
         dist.barrier()
-        row = examine(family, folder, tp_size=TP_SIZE)
+        row = examine(family, build_model(folder, TP_SIZE), load_checkpoint(folder))
     finally:
         dist.barrier()
         shutil.rmtree(folder, ignore_errors=True)

@@ -16,7 +16,9 @@ from fastapi.responses import JSONResponse
 
 from rdt_core.error_wire import from_wire, to_wire
 from rdt_core.errors import (
+    ConfigError,
     CoordinatorLostError,
+    EngineTornError,
     NotConnectedError,
     RdtError,
     UnknownGroupError,
@@ -34,6 +36,8 @@ _STATUS_OF_ERROR = (
     (NotConnectedError, 409),
     (VersionError, 409),
     (CoordinatorLostError, 503),
+    (EngineTornError, 503),
+    (ConfigError, 400),
 )
 
 

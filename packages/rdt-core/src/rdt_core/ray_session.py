@@ -63,7 +63,7 @@ def join(where: RayAddress | None = None) -> None:
         return
     address = (where.address if where else "") or os.environ.get("RAY_ADDRESS", "") or "auto"
     if where and where.auth_mode and "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = where.auth_mode
+        _adopt_auth_mode(where.auth_mode)
     _check_token_source(address)
     if address != "auto":
         _check_reachable(address)
@@ -74,6 +74,17 @@ def join(where: RayAddress | None = None) -> None:
         if "InvalidAuthToken" in str(error):
             raise RayAuthError(address) from error
         raise NoRayClusterError(address, _first_line(error)) from error
+
+
+def _adopt_auth_mode(mode: str) -> None:
+    """Take over the driver's mode. Ray reads the variable when it is imported, so it is told to read again.
+
+    Source: ray/_private/authentication/authentication_token_setup.py, _enable_token_auth (2.60).
+    """
+    from ray._raylet import Config  # noqa: PLC0415
+
+    os.environ["RAY_AUTH_MODE"] = mode
+    Config.initialize("")
 
 
 def _check_token_source(address: str) -> None:

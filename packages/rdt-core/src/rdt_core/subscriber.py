@@ -21,7 +21,7 @@ from rdt_core.errors import (
     NotPreparedError,
     RdtError,
 )
-from rdt_core.lifecycle import RankLife
+from rdt_core.lifecycle import RankLife, RankState
 
 if TYPE_CHECKING:
     from rdt_core.client import Channel
@@ -59,6 +59,11 @@ class WeightSubscriber:
     def is_torn(self) -> bool:
         """Whether the model holds parts of two versions. The engine must not generate while it does."""
         return self._life.is_torn
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a wanted read is under way. Asked by an engine that can make room for its thread."""
+        return self._life.state is RankState.READING
 
     def connect(self, request: ConnectRequest) -> dict[str, Any]:
         """Join a group: record the loader, plan the reads, open links to the trainer ranks.

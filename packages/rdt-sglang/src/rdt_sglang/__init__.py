@@ -1,7 +1,7 @@
-"""SGLang adapter. This version only reserves the plugin's door: it cannot sync weights into SGLang yet.
+"""SGLang adapter: an engine started with ``--weight-sync rdt`` reads its weights from a live trainer.
 
 Nothing is imported or registered here. SGLang finds :func:`rdt_sglang.plugin.register` through the entry
-point group ``sglang.srt.plugins``.
+point group ``sglang.srt.plugins`` and calls it in most of its processes.
 """
 
 from __future__ import annotations

@@ -9,16 +9,16 @@ engine connects, by the layer's name, and never run.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rdt_core.derived import Hook, owner_of
 from rdt_core.errors import UnsupportedLoaderError
 from rdt_vllm import compat
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
 _LAYERS = "vllm.model_executor.layers"
 _MOE = f"{_LAYERS}.fused_moe.unquantized_fused_moe_method.UnquantizedFusedMoEMethod"
@@ -51,21 +51,6 @@ _DERIVED_PARAMETERS = ("W_K", "W_K_scale", "W_UK_T", "W_UK_T_dcp_qrep", "W_UV", 
 
 # Kernels of unquantized experts that compute on the checkpoint's own layout.
 _PLAIN_MOE_BACKENDS = frozenset({"TRITON", "BATCHED_TRITON"})
-
-
-@dataclass(frozen=True, slots=True)
-class Hook:
-    """One post-load computation of a live model.
-
-    Args:
-        name: of the module it belongs to.
-        holders: objects whose attributes it may set.
-        run: repeats it.
-    """
-
-    name: str
-    holders: tuple[object, ...]
-    run: Callable[[], None]
 
 
 def find_hooks(model: torch.nn.Module, dtype: torch.dtype) -> tuple[Hook, ...]:
@@ -110,27 +95,12 @@ def derived_hidden(hooks: Iterable[Hook]) -> Iterator[None]:
             setattr(module, name, parameter)
 
 
-def refresh(hook: Hook) -> None:
-    """Run a hook so that every tensor it derives stays where it was.
-
-    A captured CUDA graph reads derived tensors at the addresses of the capture, so a new tensor of the same
-    layout is copied into the old one's memory, which takes its place again.
-    """
-    before = [_tensors_of(holder) for holder in hook.holders]
-    hook.run()
-    for holder, old in zip(hook.holders, before, strict=True):
-        for name, new in _tensors_of(holder).items():
-            if name in old and _is_moved(old[name], new):
-                old[name].data.copy_(new.data)
-                setattr(holder, name, old[name])
-
-
 def _layer_hooks(name: str, layer: torch.nn.Module) -> Iterator[Hook]:
     method: Any = getattr(layer, "quant_method", None)
     process = getattr(type(method), "process_weights_after_loading", None)
     if process is None:
         return
-    owner = _owner_of(process)
+    owner = owner_of(process)
     if "process_weights_after_loading" in vars(method):
         raise UnsupportedLoaderError(name, f"a post-load hook of its own in place of {owner}'s")
     if owner in _LAYER_HOOKS:
@@ -167,12 +137,12 @@ def _module_hooks(name: str, module: torch.nn.Module, dtype: torch.dtype) -> Ite
     process = getattr(type(module), "process_weights_after_loading", None)
     if process is None:
         return
-    owner = _owner_of(process)
+    owner = owner_of(process)
     derives = _MODULE_HOOKS.get(owner)
     if derives is None:
         raise UnsupportedLoaderError(name or type(module).__name__, f"the post-load hook of {owner}")
     impls = _impls_of(module)
-    found = [_IMPL_HOOKS.get(_owner_of(type(impl).process_weights_after_loading)) for impl in impls]
+    found = [_IMPL_HOOKS.get(owner_of(type(impl).process_weights_after_loading)) for impl in impls]
     if None in found:
         unknown = type(impls[found.index(None)]).__name__
         raise UnsupportedLoaderError(name, f"the post-load hook of attention backend {unknown}")
@@ -187,24 +157,5 @@ def _impls_of(module: torch.nn.Module) -> tuple[Any, ...]:
     return tuple(impl for impl in impls if hasattr(impl, "process_weights_after_loading"))
 
 
-def _owner_of(function: Any) -> str:
-    return f"{function.__module__}.{function.__qualname__.rpartition('.')[0]}"
-
-
 def _has_weights(layer: torch.nn.Module) -> bool:
     return next(layer.parameters(recurse=False), None) is not None
-
-
-def _tensors_of(holder: object) -> dict[str, torch.Tensor]:
-    named = dict(vars(holder))
-    if isinstance(holder, torch.nn.Module):
-        named |= dict(holder.named_parameters(recurse=False)) | dict(holder.named_buffers(recurse=False))
-    return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
-
-
-def _is_moved(old: torch.Tensor, new: torch.Tensor) -> bool:
-    return old.data_ptr() != new.data_ptr() and _layout_of(old) == _layout_of(new)
-
-
-def _layout_of(tensor: torch.Tensor) -> tuple[object, ...]:
-    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import set_current_vllm_config
 
+from rdt_core.derived import Hook, refresh
 from rdt_core.recorder import is_rotary_table, record_loader
 from rdt_vllm import finalize
 
@@ -31,7 +32,7 @@ class VllmModel:
     def __init__(self, vllm_config: VllmConfig, model: Any, device: torch.device) -> None:
         parallel = vllm_config.parallel_config
         self._vllm_config, self._model = vllm_config, model
-        self._hooks: tuple[finalize.Hook, ...] | None = None
+        self._hooks: tuple[Hook, ...] | None = None
         self.rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
         self.world_size = parallel.world_size_across_dp
         self.device = torch.device(device)
@@ -59,7 +60,7 @@ class VllmModel:
         hooks = self._hooks if self._hooks is not None else finalize.find_hooks(self._model, dtype)
         with set_current_vllm_config(self._vllm_config), torch.no_grad():
             for hook in hooks:
-                finalize.refresh(hook)
+                refresh(hook)
 
     def _may_drop(self, tensor: str) -> bool:
         """Whether vLLM's loaders take and drop a tensor: a tied head, a rotary table of an old checkpoint."""

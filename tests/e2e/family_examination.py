@@ -1,4 +1,4 @@
-"""Records a family's loader in vLLM, replays the recording, and compares every byte."""
+"""Records the loader of an engine's model, replays the recording, and compares every byte."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rdt_core.recorder import record_loader
-from tests.e2e.vllm_families.families import build_model, load_checkpoint
 from tests.integration.loader_models import picture, pour, replay, specs_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable, Mapping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,29 +34,53 @@ class Row:
         )
 
 
-def examine(family: str, folder: Path, *, tp_size: int = 1) -> Row:
-    """Record a family's loader, replay, and compare with what the loader itself writes. A few seconds."""
-    tensors = load_checkpoint(folder)
-    model = build_model(folder, tp_size)
+def examine(
+    family: str,
+    model: Any,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    finalize: Callable[[], None] = lambda: None,
+) -> Row:
+    """Record a family's loader, replay, and compare with what the loader itself writes. A few seconds.
+
+    Compared are parameters, buffers, and tensors that the loader leaves in plain attributes.
+
+    Args:
+        family: its name.
+        model: of the engine, not loaded.
+        tensors: of a checkpoint.
+        finalize: what the adapter does after the copies of a commit.
+    """
     pour(model)
     before = picture(model)
     load: Any = model.load_weights
     recording = record_loader(model, specs_of(tensors), skippable=lambda name: is_tied(model, name))
     assert picture(model) == before
     replay(recording, tensors, load)
-    replayed = picture(model)
+    finalize()
+    replayed = picture(model) | attributes(model)
     pour(model)
     with torch.no_grad():
         load((name, tensor.clone()) for name, tensor in tensors.items())
-    loaded = picture(model)
+    loaded = picture(model) | attributes(model)
     return Row(
         family=family,
         num_tensors=len(tensors),
         num_shards=len(recording.shards),
         num_fills=len(recording.fills),
         reload=dict(recording.reload),
-        differing=[name for name, expected in loaded.items() if replayed[name] != expected],
+        differing=[name for name, expected in loaded.items() if replayed.get(name) != expected],
     )
+
+
+def attributes(model: torch.nn.Module) -> dict[str, bytes]:
+    """Every byte of the tensors that modules hold beside their parameters and buffers."""
+    return {
+        f"{path}.{name}": value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def is_tied(model: torch.nn.Module, name: str) -> bool:

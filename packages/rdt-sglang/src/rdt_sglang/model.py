@@ -1,0 +1,68 @@
+"""SGLang's model on one scheduler rank, as the subscriber sees it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rdt_core.derived import Hook, refresh
+from rdt_core.recorder import is_rotary_table, record_loader
+from rdt_sglang import compat, finalize
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rdt_core.manifest import TensorSpec
+    from rdt_core.model_thread import ModelThread
+    from rdt_core.recording import Recording
+
+
+class SglangModel:
+    """One rank's model. Implements :class:`rdt_core.engine_model.EngineModel`.
+
+    Args:
+        scheduler: whose model is loaded and processed.
+        model_thread: the scheduler's own; :meth:`record` is called from another one.
+    """
+
+    def __init__(self, scheduler: Any, model_thread: ModelThread) -> None:
+        self._scheduler, self._model = scheduler, compat.model_of(scheduler)
+        self._model_thread = model_thread
+        self._hooks: tuple[Hook, ...] | None = None
+        place = compat.find_place(scheduler)
+        self.rank, self.world_size, self.device = place.rank, place.world_size, place.device
+
+    def record(self, specs: Sequence[TensorSpec]) -> Recording:
+        """Where the model's own loader puts every region. See :class:`EngineModel`.
+
+        The loader runs in the scheduler's thread, between two batches.
+
+        Raises:
+            UnsupportedLoaderError: a layer keeps its weights in a layout of its own, or has a post-load hook
+                that this adapter does not know.
+            ModelMismatchError: the loader refuses a tensor.
+        """
+        return self._model_thread.run(lambda: self._record(specs))
+
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load whole checkpoint tensors by the model's own loader. Called at commit."""
+        with compat.loading(self._scheduler), torch.no_grad():
+            self._model.load_weights(tensors)
+
+    def finalize(self) -> None:
+        """Recompute what SGLang derives from weights after a load. Called at commit, after the copies."""
+        hooks = self._hooks if self._hooks is not None else finalize.find_hooks(self._model)
+        with torch.no_grad():
+            for hook in hooks:
+                refresh(hook)
+
+    def _record(self, specs: Sequence[TensorSpec]) -> Recording:
+        self._hooks = finalize.find_hooks(self._model)
+        with compat.loading(self._scheduler):
+            return record_loader(self._model, specs, skippable=self._may_drop)
+
+    def _may_drop(self, tensor: str) -> bool:
+        """Whether SGLang's loaders drop a tensor: a tied head, a rotary table of an old checkpoint."""
+        is_tied = getattr(getattr(self._model, "config", None), "tie_word_embeddings", False)
+        return is_rotary_table(tensor) or (is_tied and tensor.endswith("lm_head.weight"))

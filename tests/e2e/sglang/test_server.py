@@ -1,0 +1,101 @@
+"""``python -m sglang.launch_server --weight-sync rdt`` beside a trainer process, over Ray and NIXL."""
+
+from __future__ import annotations
+
+import signal
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+
+from rdt_core.errors import RdtError, UpdateFailedError
+from tests.e2e.processes import Server, Trainer, start_trainer
+from tests.e2e.sglang.asking import LONG, PROMPTS, ask, ask_all, connect, next_version, stream
+from tests.e2e.sglang.conftest import LOADED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = pytest.mark.slow
+
+
+def test_after_every_sync_the_server_answers_as_one_that_loaded_those_weights(
+    server: Server,
+    trainer: Trainer,
+    family: str,
+    checkpoint: Callable[[str, int], Path],
+) -> None:
+    seen: dict[int, list[list[int]]] = {}
+    with connect(server, trainer) as sync:
+        for version, seed in enumerate((1, 0, 1, 0), start=next_version(server)):
+            trainer.publish(checkpoint(family, seed), version)
+            report = sync.update(version=version)
+            answers = ask_all(server)
+            assert answers == seen.setdefault(seed, answers)
+            assert answers == LOADED.get((family, seed), answers)
+            assert 0 < report.commit_s <= report.stall_s
+            assert sync.verify().bytes_equal
+            assert server.get("/model_info").json()["weight_version"] == str(version)
+    assert seen[0] != seen[1]
+
+
+def test_requests_in_flight_survive_a_commit_and_tokens_carry_the_version_that_made_them(
+    server: Server, trainer: Trainer, family: str, checkpoint: Callable[[str, int], Path]
+) -> None:
+    version = next_version(server)
+    with connect(server, trainer) as sync, ThreadPoolExecutor(2) as pool:
+        trainer.publish(checkpoint(family, 1), version)
+        sync.update(version=version)
+        trainer.publish(checkpoint(family, 0), version + 1)
+        running = [pool.submit(ask, server, prompt, LONG) for prompt in PROMPTS[:2]]
+        with stream(server, PROMPTS[0], LONG) as chunks:
+            next(chunks)
+            sync.update(version=version + 1)
+            last = list(chunks)[-1]
+        done = [last, *(future.result(timeout=120) for future in running)]
+    for answer in done:
+        assert len(answer["output_ids"]) == LONG
+        assert answer["meta_info"]["finish_reason"]["type"] == "length"
+    spans = last["meta_info"]["weight_versions"]
+    assert [span["version"] for span in spans] == [str(version), str(version + 1)], spans
+
+
+def test_a_trainer_that_dies_fails_the_update_by_name_and_another_one_can_take_over(
+    server: Server,
+    trainer: Trainer,
+    family: str,
+    ray_address: str,
+    checkpoint: Callable[[str, int], Path],
+) -> None:
+    version = next_version(server)
+    with connect(server, trainer) as sync:
+        trainer.publish(checkpoint(family, 1), version)
+        sync.update(version=version)
+        before = ask_all(server)
+        trainer.publish(checkpoint(family, 0), version + 1)
+        trainer.process.send_signal(signal.SIGKILL)
+        trainer.process.wait(10)
+        with pytest.raises(UpdateFailedError, match=f"version {version + 1} failed in prepare"):
+            sync.update(version=version + 1, timeout_s=20)
+        assert ask_all(server) == before
+    with start_trainer(f"{trainer.group}-again", ray_address, checkpoint(family, 0)) as other:
+        other.publish(checkpoint(family, 0), version + 2)
+        with connect(server, other) as sync:
+            sync.update(version=version + 2)
+            assert ask_all(server) != before
+            assert sync.verify().bytes_equal
+
+
+def test_another_models_checkpoint_is_refused_at_connect_and_the_server_goes_on(
+    server: Server, family: str, ray_address: str, checkpoint: Callable[[str, int], Path]
+) -> None:
+    before = ask_all(server)
+    other_family = "qwen3" if family == "qwen3_moe" else "qwen3_moe"
+    group = f"group-{uuid.uuid4().hex[:8]}"
+    with start_trainer(group, ray_address, checkpoint(other_family, 0)) as other:
+        other.publish(checkpoint(other_family, 0), next_version(server))
+        with pytest.raises(RdtError, match="same model"), connect(server, other):
+            pass
+    assert ask_all(server) == before
