@@ -258,3 +258,11 @@ def test_an_unknown_group_is_refused_by_name(ray_cluster: str) -> None:
     assert ray_cluster
     with pytest.raises(UnknownGroupError, match="no-such-group"):
         RayChannel.find("no-such-group")
+
+
+def test_the_arenas_of_all_ranks_are_counted_once_a_version_is_published(client: CoordinatorClient) -> None:
+    for rank in range(2):
+        client.attach(rank, 2, "a", b"")
+        client.publish(rank, "a", 1, 64)
+    assert client.wait_published(1, 1.0) == 128
+    assert client.status()["trainers"][1]["arena_bytes"] == 64

@@ -25,7 +25,7 @@ def group() -> Iterator[LocalGroup]:
 def exports_of(group: LocalGroup) -> list[int]:
     """How many exports and probes each trainer rank holds."""
     held = [trainer.publisher._exports for trainer in group.trainers]
-    return [len(exports._exports) + len(exports._probes) for exports in held]
+    return [len(exports._offers) + len(exports._probes) for exports in held]
 
 
 def test_connect_and_status_say_what_every_link_uses_and_why(group: LocalGroup) -> None:

@@ -13,7 +13,7 @@ from rdt_core.client import CoordinatorClient, LocalChannel
 from rdt_core.subscriber import ConnectRequest
 from tests.contract import gated
 from tests.integration.toy_engine import ToyEngineModel, ToyModel, fingerprint
-from tests.integration.toy_trainer import HIDDEN, SHAPES, cut_by_rows, values_of
+from tests.integration.toy_trainer import HIDDEN, SHAPES, cut_evenly, values_of
 
 if TYPE_CHECKING:
     from rdt_core.local_shards import LocalShard
@@ -25,7 +25,7 @@ class TrainerRank:
     """One trainer rank's live memory and its publisher."""
 
     def __init__(self, channel: LocalChannel, rank: int, world_size: int) -> None:
-        self.shards: list[LocalShard] = cut_by_rows(rank, world_size, SHAPES, torch.float32)
+        self.shards: list[LocalShard] = cut_evenly(rank, world_size, SHAPES, torch.float32, dim=0)
         local = LocalShards(
             rank=rank,
             world_size=world_size,

@@ -159,11 +159,15 @@ def test_two_engines_of_different_dtype_follow_one_publish(
 ) -> None:
     narrow = start_toy_engine("--dtype", "bfloat16")
     with WeightSync.connect(trainers.group, engines=[engine, narrow]) as sync:
-        trainers.write_and_publish(1)
-        sync.update(version=1)
-        assert fingerprint(engine) == expected_fingerprint(1)
-        assert fingerprint(narrow) == expected_fingerprint(1, torch.bfloat16)
-        assert sync.verify().bytes_equal
+        for version in (1, 2):
+            trainers.write_and_publish(version)
+            report = sync.update(version=version)
+            assert fingerprint(engine) == expected_fingerprint(version)
+            assert fingerprint(narrow) == expected_fingerprint(version, torch.bfloat16)
+            assert sync.verify().bytes_equal
+            # The bf16 engine alone reads arenas, and half of the bytes.
+            wide, thin = (next(row for row in report.ranks if row.engine == url) for url in (engine, narrow))
+            assert report.arena_bytes == thin.nbytes == wide.nbytes // 2
 
 
 def test_bf16_trainers_are_widened_for_an_fp32_engine(ray_cluster: str, group: str, engine: str) -> None:

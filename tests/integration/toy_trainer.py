@@ -1,4 +1,4 @@
-"""Trainer ranks as Ray actors that hold a toy model's tensors cut by rows, in one storage a tensor."""
+"""Trainer ranks as Ray actors that hold a toy model's tensors cut along one dim, in one storage a tensor."""
 
 from __future__ import annotations
 
@@ -34,17 +34,19 @@ def values_of(name: str, shape: tuple[int, ...], version: int, dtype: torch.dtyp
     return torch.randn(shape, generator=seed).to(dtype)
 
 
-def cut_by_rows(
-    rank: int, world_size: int, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+def cut_evenly(
+    rank: int, world_size: int, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, dim: int
 ) -> list[LocalShard]:
-    """This rank's rows of every tensor, as a row-sharding trainer would hold them."""
+    """This rank's part of every tensor along ``dim``, or along the last dim of those that have fewer."""
     shards = []
     for name, shape in shapes.items():
-        rows = -(-shape[0] // world_size)
-        start, stop = min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])
+        axis = min(dim, len(shape) - 1)
+        size = -(-shape[axis] // world_size)
+        start, stop = min(rank * size, shape[axis]), min((rank + 1) * size, shape[axis])
         if start == stop:
             continue
-        region = Region((start, *([0] * (len(shape) - 1))), (stop, *shape[1:]))
+        begin = (0,) * len(shape)
+        region = Region((*begin[:axis], start, *begin[axis + 1 :]), (*shape[:axis], stop, *shape[axis + 1 :]))
         spec = TensorSpec(name, shape, str(dtype).removeprefix("torch."))
         shards.append(
             LocalShard(spec=spec, region=region, data=torch.zeros(region.shape, dtype=dtype), owner=name)
@@ -61,10 +63,11 @@ class ToyTrainer:
         world_size: int,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         dtype: str = "float32",
+        dim: int = 0,
     ) -> None:
         self._rank = rank
         self._dtype: torch.dtype = getattr(torch, dtype)
-        self._shards = cut_by_rows(rank, world_size, shapes or SHAPES, self._dtype)
+        self._shards = cut_evenly(rank, world_size, shapes or SHAPES, self._dtype, dim)
         self._local = LocalShards(
             rank=rank,
             world_size=world_size,
@@ -85,10 +88,14 @@ class ToyTrainer:
         """Write a version's values in place, as an optimizer step does."""
         for shard in self._shards:
             whole = values_of(shard.spec.name, shard.spec.shape, version, self._dtype)
-            shard.data.copy_(whole[shard.region.start[0] : shard.region.stop[0]])
+            box = zip(shard.region.start, shard.region.stop, strict=True)
+            shard.data.copy_(whole[tuple(slice(a, b) for a, b in box)])
 
     def publish(self, version: int) -> None:
         self.publisher.publish(version)
+
+    def arena_bytes(self) -> int:
+        return self.publisher.arena_bytes
 
     def close(self) -> None:
         self.publisher.close()

@@ -6,11 +6,13 @@ import itertools
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from rdt_core.arena import ARENA_WINDOW
 from rdt_core.dtypes import ITEMSIZE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from rdt_core.arena import ArenaItem
     from rdt_core.manifest import Manifest, Shard
     from rdt_core.plan import Copy, Plan
     from rdt_core.region import Region
@@ -56,6 +58,8 @@ def run_reads(
     """The landing buffer after all reads, each checked to stay inside of its window and the buffer."""
     landing = bytearray([0xAA]) * plan.landing_nbytes
     sizes = {(m.rank, window.name): window.nbytes for m in trainers for window in m.windows.values()}
+    windows = with_arenas(plan, windows)
+    sizes |= {(rank, ARENA_WINDOW): len(windows[rank][ARENA_WINDOW]) for rank in plan.arenas}
     written: Counter[int] = Counter()
     for rank, reads in plan.reads.items():
         for read in reads:
@@ -68,6 +72,26 @@ def run_reads(
             written.update(range(lands.start, lands.stop))
     assert not written or max(written.values()) == 1, "two reads land on one byte"
     return landing
+
+
+def with_arenas(plan: Plan, windows: dict[int, dict[str, bytearray]]) -> dict[int, dict[str, bytearray]]:
+    """Every trainer rank's windows, and the arena that it lays out for the plan as one more."""
+    found = {rank: dict(held) for rank, held in windows.items()}
+    for rank, items in plan.arenas.items():
+        found[rank][ARENA_WINDOW] = make_arena(items, found[rank])
+    return found
+
+
+def make_arena(items: Sequence[ArenaItem], windows: dict[str, bytearray]) -> bytearray:
+    """A trainer rank's arena, packed element by element. The worlds of these tests need no conversion."""
+    memory = bytearray()
+    for item in items:
+        assert item.dtype == item.source_dtype
+        memory += bytearray([0xBB]) * (-len(memory) % 16)
+        for at in itertools.product(*map(range, item.shape)):
+            offset = item.offset_bytes + sum(i * s for i, s in zip(at, item.stride_bytes, strict=True))
+            memory += windows[item.window][offset : offset + ITEMSIZE_BYTES[item.dtype]]
+    return memory
 
 
 def run_copies(plan: Plan, engine: Manifest, landing: bytearray) -> dict[str, bytearray]:

@@ -11,17 +11,20 @@ from hypothesis import strategies as st
 
 from rdt_core.dtypes import ITEMSIZE_BYTES
 from rdt_core.layout import span_nbytes
-from rdt_core.lowering import ReadCost
 from rdt_core.manifest import Manifest, Shard, TensorSpec, Window
 from rdt_core.placement import Placement, Replicate, ShardDim, local_region
+from rdt_core.read_method import ReadCost
 from rdt_core.region import Region
 
 COSTS = (
+    ReadCost(arenas="never"),
+    ReadCost(per_read_s=0.0, arenas="never"),
+    ReadCost(per_read_s=1.0, max_over_read=1e9, arenas="never"),
+    ReadCost(per_read_s=2e-9, bytes_per_s=1e9, max_over_read=1e9, arenas="never"),
+    ReadCost(per_read_s=1.0, max_over_read=2.0, arenas="never"),
     ReadCost(),
     ReadCost(per_read_s=0.0),
-    ReadCost(per_read_s=1.0, max_over_read=1e9),
     ReadCost(per_read_s=2e-9, bytes_per_s=1e9, max_over_read=1e9),
-    ReadCost(per_read_s=1.0, max_over_read=2.0),
 )
 
 

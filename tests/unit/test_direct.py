@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rdt_core.arena import ARENA_WINDOW
 from rdt_core.direct import aim_directly
 from rdt_core.dtypes import ITEMSIZE_BYTES
 from rdt_core.lowering import LANDING_ALIGNMENT_BYTES
 from rdt_core.manifest import Manifest, Shard, TensorSpec, Window
 from rdt_core.planner import build_plan
+from rdt_core.read_method import ReadCost
 from rdt_core.region import Region
 from tests.unit import oracle
 from tests.unit.strategies import COSTS, World, worlds
 
 if TYPE_CHECKING:
-    from rdt_core.lowering import ReadCost
     from rdt_core.plan import Plan
 
 costs = st.sampled_from(COSTS)
@@ -57,7 +58,7 @@ def test_aimed_reads_and_the_copies_left_fill_every_engine_byte_once(world: Worl
             for offset in oracle.target_offsets(copy)
             for byte in range(ITEMSIZE_BYTES[copy.target_dtype])
         }
-        written = run_direct(plan, held, windows)
+        written = run_direct(plan, oracle.with_arenas(plan, held), windows)
         assert not written or max(written.values()) == 1
         assert not copied & written.keys()
         assert windows == oracle.fill_windows(world, engine)
@@ -135,7 +136,7 @@ def fused_world(source_dtype: str) -> tuple[Manifest, Manifest]:
 
 def test_fused_parameters_are_read_in_place_and_column_blocks_through_landing_memory() -> None:
     trainer, engine = fused_world("float32")
-    staged = build_plan(engine, [trainer])
+    staged = build_plan(engine, [trainer], cost=ReadCost(arenas="never"))
     plan = aim_directly(staged, may_write=lambda _: True)
     assert [(read.window, read.target_offset_bytes) for read in plan.direct[0]] == [
         ("k", 128),
@@ -149,3 +150,10 @@ def test_fused_parameters_are_read_in_place_and_column_blocks_through_landing_me
 def test_what_is_converted_on_the_way_is_never_aimed() -> None:
     trainer, engine = fused_world("bfloat16")
     assert not aim_directly(build_plan(engine, [trainer]), may_write=lambda _: True).direct
+
+
+def test_what_an_arena_packs_and_narrows_is_read_into_the_parameter() -> None:
+    trainer, engine = fused_world("float32")
+    plan = aim_directly(build_plan(engine, [trainer]), may_write=lambda _: True)
+    assert (plan.copies, plan.landing_nbytes) == ((), 0)
+    assert (ARENA_WINDOW, "down.half") in {(read.window, read.target_window) for read in plan.direct[0]}

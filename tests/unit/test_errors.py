@@ -66,6 +66,7 @@ EXAMPLES: dict[str, tuple[object, ...]] = {
     "EngineRefusedError": ("http://10.0.0.2:8000", 401, "Unauthorized"),
     "UpdateFailedError": (3, "prepare", "http://10.0.0.2:8000", 1, "a read timed out"),
     "WindowMovedError": ("model.norm.weight", 3),
+    "ArenaMemoryError": (4096, "cuda:0"),
     "DeadlineError": ("trainer rank 3", 30.0, "Raise timeout_s."),
 }
 

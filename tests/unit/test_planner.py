@@ -32,8 +32,9 @@ from tests.unit.oracle import coordinates
 from tests.unit.strategies import World, worlds
 from tests.unit.worlds_by_hand import NAME, around, box, dense_shard, holding
 
-EXACT = ReadCost(per_read_s=0.0)
-SPAN = ReadCost(per_read_s=1.0, max_over_read=1e9)
+EXACT = ReadCost(per_read_s=0.0, arenas="never")
+SPAN = ReadCost(per_read_s=1.0, max_over_read=1e9, arenas="never")
+DIRECT = ReadCost(arenas="never")
 
 
 def parse(text: str) -> Region:
@@ -256,17 +257,17 @@ def test_columns_are_read_as_one_span_when_reads_are_dear() -> None:
 
 
 def test_the_allowed_over_read_wins_over_the_price() -> None:
-    dear = ReadCost(per_read_s=1.0, max_over_read=3.0)
+    dear = ReadCost(per_read_s=1.0, max_over_read=3.0, arenas="never")
     assert build_plan(COLUMNS, [ROWS], cost=dear).num_reads == 4
     assert build_plan(COLUMNS, [ROWS], cost=dataclasses.replace(dear, max_over_read=3.25)).num_reads == 1
 
 
-def test_by_default_narrow_gaps_are_read_over_and_wide_ones_are_not() -> None:
+def test_without_arenas_narrow_gaps_are_read_over_and_wide_ones_are_not() -> None:
     # One read costs as much as 10 kB on the link.
     for width, expected in ((4096, 1), (16384, 64)):
         trainer = holding(box((0, 64), (0, width)), shape=(64, width))
         engine = engine_of(box((0, 64), (0, width // 4)), shape=(64, width))
-        assert build_plan(engine, [trainer]).num_reads == expected
+        assert build_plan(engine, [trainer], cost=DIRECT).num_reads == expected
 
 
 def test_columns_of_two_engine_shards_that_touch_become_one_read() -> None:
@@ -305,11 +306,17 @@ def test_an_engine_rank_without_shards_gets_an_empty_plan() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"bytes_per_s": 0.0}, {"per_read_s": -1.0}, {"max_over_read": 0.5}, {"bytes_per_s": float("nan")}],
+    [
+        {"bytes_per_s": 0.0},
+        {"per_read_s": -1.0},
+        {"max_over_read": 0.5},
+        {"bytes_per_s": float("nan")},
+        {"arenas": "sometimes"},
+    ],
 )
-def test_prices_that_make_no_sense_are_refused(changes: dict[str, float]) -> None:
+def test_prices_that_make_no_sense_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
-        ReadCost(**changes)
+        ReadCost(**changes)  # type: ignore[arg-type]  # what a caller without a type checker may pass
 
 
 def rank_of_mesh(

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rdt_core.lowering import LANDING_ALIGNMENT_BYTES, ReadCost
+from rdt_core.arena import ARENA_WINDOW, place_items
+from rdt_core.dtypes import itemsize_bytes
+from rdt_core.layout import row_major_strides
+from rdt_core.lowering import LANDING_ALIGNMENT_BYTES
 from rdt_core.planner import build_plan, build_plan_from
 from rdt_core.sources import SourceIndex
 from tests.unit import oracle
@@ -18,6 +21,8 @@ costs = st.sampled_from(COSTS)
 
 if TYPE_CHECKING:
     from random import Random
+
+    from rdt_core.read_method import ReadCost
 
 
 @given(worlds(), costs)
@@ -38,7 +43,9 @@ def test_no_source_byte_is_read_twice_and_ranges_that_touch_are_one_read(
         for reads in build_plan(engine, world.trainers, cost=cost).reads.values():
             assert list(reads) == sorted(reads, key=lambda read: (read.window, read.offset_bytes))
             for one, other in itertools.pairwise(reads):
-                if one.window == other.window:
+                if one.window == other.window == ARENA_WINDOW:
+                    assert one.offset_bytes + one.nbytes <= other.offset_bytes
+                elif one.window == other.window:
                     assert one.offset_bytes + one.nbytes < other.offset_bytes
 
 
@@ -64,8 +71,8 @@ def test_the_payload_is_what_the_copies_take_each_byte_counted_once(world: World
         assert plan.num_tensors == len({copy.tensor for copy in plan.copies})
 
 
-@given(worlds(), costs)
-def test_the_payload_does_not_depend_on_prices(world: World, cost: ReadCost) -> None:
+@given(worlds(), costs.filter(lambda cost: cost.arenas == "never"))
+def test_without_arenas_the_payload_does_not_depend_on_prices(world: World, cost: ReadCost) -> None:
     engine = world.engines[0]
     exact = build_plan(engine, world.trainers, cost=COSTS[1])
     assert exact.payload_nbytes == build_plan(engine, world.trainers, cost=cost).payload_nbytes
@@ -102,3 +109,20 @@ def test_an_engine_reads_only_from_its_own_node_when_all_it_needs_is_there(world
                 break
         else:
             assert set(plan.reads) <= {manifest.rank for manifest in near}
+
+
+@given(worlds(), costs)
+def test_arenas_hold_only_what_needs_one_and_each_item_once(world: World, cost: ReadCost) -> None:
+    for engine in world.engines:
+        plan = build_plan(engine, world.trainers, cost=cost)
+        assert bool(plan.arena_bytes) == any(copy.method in ("packed", "cast") for copy in plan.copies)
+        if cost.arenas == "never":
+            assert not plan.arenas
+        for rank, items in plan.arenas.items():
+            assert len(set(items)) == len(items)
+            reads = [read for read in plan.reads[rank] if read.window == ARENA_WINDOW]
+            assert [read.offset_bytes for read in reads] == place_items(items)[0]
+            assert [read.nbytes for read in reads] == [item.nbytes for item in items]
+            for item in items:
+                dense = row_major_strides(item.shape, itemsize_bytes(item.source_dtype))
+                assert item.stride_bytes != dense or item.dtype != item.source_dtype

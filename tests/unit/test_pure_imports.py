@@ -7,6 +7,7 @@ import pytest
 
 PURE = (
     "rdt_core",
+    "rdt_core.arena",
     "rdt_core.choice",
     "rdt_core.coverage",
     "rdt_core.direct",
@@ -23,6 +24,7 @@ PURE = (
     "rdt_core.plan",
     "rdt_core.plan_summary",
     "rdt_core.planner",
+    "rdt_core.read_method",
     "rdt_core.recording",
     "rdt_core.region",
     "rdt_core.simulator.predict",

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rdt_core.errors import ConfigError, CoverageError, UnknownTensorError
-from rdt_core.lowering import ReadCost
 from rdt_core.models.config import parse_config
 from rdt_core.models.parameter import Parameter, build_manifest
 from rdt_core.models.preset import load_preset
 from rdt_core.models.specs import ENGINES, TRAINERS, make_engine, make_trainer, parse_spec
 from rdt_core.models.units import describe_model
 from rdt_core.planner import build_plan_from
+from rdt_core.read_method import ReadCost
 from rdt_core.simulator.predict import predict
 from rdt_core.simulator.topology import Topology, load_topology
 from rdt_core.simulator.traffic import Traffic, plan_traffic

@@ -228,13 +228,15 @@ class CoordinatorClient:
         """Answer a task."""
         self._channel.call("answer", number, outcome, timeout_s=CALL_TIMEOUT_S)
 
-    def publish(self, rank: int, instance: str, version: int) -> None:
+    def publish(self, rank: int, instance: str, version: int, arena_bytes: int = 0) -> None:
         """Say that a trainer rank's memory holds ``version``."""
-        self.start_publish(rank, instance, version)()
+        self.start_publish(rank, instance, version, arena_bytes)()
 
-    def start_publish(self, rank: int, instance: str, version: int) -> Callable[[], None]:
+    def start_publish(
+        self, rank: int, instance: str, version: int, arena_bytes: int = 0
+    ) -> Callable[[], None]:
         """The same without waiting; returns what waits and raises what went wrong."""
-        wait = self._channel.start("publish", rank, instance, version)
+        wait = self._channel.start("publish", rank, instance, version, arena_bytes)
 
         def settle() -> None:
             wait(CALL_TIMEOUT_S)
@@ -270,9 +272,12 @@ class CoordinatorClient:
             self._channel.call("ask", kind, dict(payloads), timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S),
         )
 
-    def wait_published(self, version: int, timeout_s: float) -> None:
-        """Until every trainer rank has published ``version``."""
-        self._channel.call("wait_published", version, timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S)
+    def wait_published(self, version: int, timeout_s: float) -> int:
+        """Until every trainer rank has published ``version``; returns the bytes of all arenas."""
+        return cast(
+            "int",
+            self._channel.call("wait_published", version, timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S),
+        )
 
     def check_version(self, version: int) -> None:
         """Whether every trainer rank holds ``version`` now."""

@@ -18,7 +18,7 @@ from rdt_core.free_memory import measure_free_bytes
 from rdt_core.landing import RELOAD_PREFIX, Landing, engine_manifest, make_landing
 from rdt_core.links import LinkPlan, OpenLinks, Reader, open_links
 from rdt_core.mode import AUTO, INPLACE, choose_mode
-from rdt_core.planner import build_plan
+from rdt_core.planner import ReadCost, build_plan
 from rdt_core.wire import manifest_from_bytes
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class ConnectRequest:
         ray_auth_mode: the driver's ``RAY_AUTH_MODE``; never a token.
         transport: name of the transport to force, or ``"auto"``.
         mode: ``"staged"``, ``"inplace"``, or ``"auto"``: staged if its landing memory fits.
+        arenas: ``"auto"`` or ``"never"``, see :class:`rdt_core.read_method.ReadCost`.
         timeout_s: for each wait of the connect, in seconds.
     """
 
@@ -51,6 +52,7 @@ class ConnectRequest:
     ray_auth_mode: str = ""
     transport: str = choice.AUTO
     mode: str = AUTO
+    arenas: str = "auto"
     timeout_s: float = 60.0
 
 
@@ -147,6 +149,7 @@ class Connection:
             "read_nbytes": self.plan.read_nbytes,
             "num_reads": self.plan.num_reads,
             "landing_nbytes": self.landing.nbytes,
+            "arena_bytes": self.plan.arena_bytes,
             "reload": dict(self.recording.reload),
             **self.links.describe(),
         }
@@ -185,7 +188,7 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
         node=node_name(),
         device=str(model.device),
     )
-    plan = build_plan(wanted, manifests)
+    plan = build_plan(wanted, manifests, cost=ReadCost(arenas=request.arenas))
     mode = choose_mode(
         request.mode, landing_nbytes=plan.landing_nbytes, free_nbytes=measure_free_bytes(model.device)
     )
@@ -238,6 +241,7 @@ def _open_links(
         rank: LinkPlan(
             ranges=[(read.window, read.offset_bytes, read.nbytes) for read in plan.reads_from(rank)],
             targets=landing.targets(plan.reads_from(rank)),
+            items=plan.arenas.get(rank, ()),
         )
         for rank in plan.trainer_ranks
     }

@@ -72,6 +72,7 @@ class _Trainer:
     last_seen: float
     version: int = 0
     is_writing: bool = False
+    arena_bytes: int = 0
     tasks: deque[TrainerTask] = field(default_factory=deque)
 
 
@@ -145,12 +146,12 @@ class Coordinator:
             self._outcomes[number] = outcome
             await self._notify()
 
-    async def publish(self, rank: int, instance: str, version: int) -> None:
-        """A trainer rank's memory now holds ``version``."""
+    async def publish(self, rank: int, instance: str, version: int, arena_bytes: int = 0) -> None:
+        """A trainer rank's memory now holds ``version``; beside its parameters it holds ``arena_bytes``."""
         trainer = self._trainer(rank, instance)
         if version <= trainer.version:
             raise StaleVersionError(version, trainer.version, "published")
-        trainer.version, trainer.is_writing = version, False
+        trainer.version, trainer.is_writing, trainer.arena_bytes = version, False, arena_bytes
         trainer.last_seen = self._clock()
         await self._notify()
 
@@ -211,10 +212,11 @@ class Coordinator:
                 raise outcome.error
         return {rank: outcome.value for rank, outcome in outcomes.items()}
 
-    async def wait_published(self, version: int, timeout_s: float) -> None:
-        """Until every trainer rank has published exactly ``version``."""
+    async def wait_published(self, version: int, timeout_s: float) -> int:
+        """Until every trainer rank has published exactly ``version``. Returns the bytes of all arenas."""
         await self._wait(lambda: not self._behind(version) or bool(self._released(version)), timeout_s)
         await self.check_version(version, timeout_s)
+        return sum(trainer.arena_bytes for trainer in self._trainers.values())
 
     async def check_version(self, version: int, waited_s: float = 0.0) -> None:
         """Whether every trainer rank holds ``version`` now."""
@@ -314,6 +316,7 @@ class Coordinator:
                     "writing": t.is_writing,
                     "silent_s": round(now - t.last_seen, 3),
                     "alive": not self._is_silent(t),
+                    "arena_bytes": t.arena_bytes,
                 }
                 for rank, t in sorted(self._trainers.items())
             },

@@ -57,7 +57,7 @@ def parse_connect(payload: Mapping[str, Any]) -> ConnectRequest:
     unknown = set(payload) - set(known)
     if unknown:
         raise WireFormatError("connect request", f"unknown fields {sorted(unknown)}")
-    for name in ("group", "engine", "ray_address", "ray_auth_mode", "transport", "mode"):
+    for name in ("group", "engine", "ray_address", "ray_auth_mode", "transport", "mode", "arenas"):
         if name in payload and not isinstance(payload[name], str):
             raise WireFormatError("connect request", f"{name} must be a string")
     for name in ("group", "engine"):

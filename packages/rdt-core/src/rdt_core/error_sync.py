@@ -186,3 +186,16 @@ class WindowMovedError(RdtError):
             "freed memory. Close the publisher and attach again.",
             (tensor, rank),
         )
+
+
+class ArenaMemoryError(RdtError):
+    """A trainer rank has no memory for what an engine asks it to lay out."""
+
+    def __init__(self, nbytes: int, device: str) -> None:
+        self.nbytes, self.device = nbytes, device
+        super().__init__(
+            f"a trainer rank cannot allocate {nbytes} bytes on {device} for an arena of packed and cast "
+            'tensors. Free memory there, or connect with arenas="never": engines then read the parameters as '
+            "they lie, which takes longer.",
+            (nbytes, device),
+        )

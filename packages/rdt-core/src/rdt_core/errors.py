@@ -48,6 +48,7 @@
     |   `-- EngineRefusedError
     |-- UpdateFailedError           a sync ended without a commit; the old version serves
     |-- WindowMovedError            a parameter's memory is no longer where it was attached
+    |-- ArenaMemoryError            a trainer rank has no memory for what an engine asks of it
     `-- DeadlineError               a wait ran out
 
 The classes are defined by family in ``rdt_core.error_*`` and imported from here. Errors cross processes by
@@ -95,6 +96,7 @@ from rdt_core.error_session import (
 )
 from rdt_core.error_sync import (
     AbortedError,
+    ArenaMemoryError,
     LeaseLostError,
     NotPreparedError,
     NotPublishedError,
@@ -114,6 +116,7 @@ from rdt_core.error_sync import (
 
 __all__ = [
     "AbortedError",
+    "ArenaMemoryError",
     "BusyError",
     "ClosedError",
     "ConfigError",

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rdt_core.arena import ARENA_WINDOW, items_from_wire
+from rdt_core.arena_memory import Arenas
 from rdt_core.digest import digest_bytes
 from rdt_core.probe import ProbeSource
 from rdt_core.transports import make_transport
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
 
+    from rdt_core.arena_memory import ArenaHold
     from rdt_core.transports.base import Export, Transport
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """What one reader reads: an export of these views, and the arena that some of them lie in."""
+
+    export: Export
+    views: Sequence[torch.Tensor]
+    arena: ArenaHold
+
+    def close(self) -> None:
+        """Stop offering, then free."""
+        self.export.close()
+        self.arena.close()
 
 
 class Exports:
@@ -29,22 +48,30 @@ class Exports:
     def __init__(self, windows: Mapping[str, torch.Tensor], device: str, version: int) -> None:
         self._windows, self._device, self._version = windows, device, version
         self._transports: dict[str, Transport] = {}
-        self._exports: dict[str, Export] = {}
-        self._views: dict[str, list[torch.Tensor]] = {}
+        self._arenas = Arenas(windows)
+        self._offers: dict[str, _Offer] = {}
         self._probes: dict[str, ProbeSource] = {}
         # Held while exports are refreshed: by publish, and by the service thread for a new one, so that an
         # export that comes while a version is published does not miss it.
         self._refreshing = threading.Lock()
 
+    @property
+    def arena_bytes(self) -> int:
+        """Memory held beside the windows for readers that need them packed or narrowed."""
+        return self._arenas.nbytes
+
     def refresh(self, version: int) -> None:
         """Let every export hold ``version``. Called by ``publish``, in the trainer's thread.
+
+        Nobody may be reading an older version where there are arenas.
 
         Raises:
             TransportError: a snapshot transport could not take the bytes.
         """
         with self._refreshing:
-            for export in self._exports.values():
-                export.refresh(version)
+            self._arenas.refresh()
+            for offer in self._offers.values():
+                offer.export.refresh(version)
             self._version = version
 
     def probe(self, payload: Mapping[str, Any]) -> object:
@@ -57,25 +84,34 @@ class Exports:
         return source.write(str(payload["secret"]), int(payload["version"]))
 
     def open(self, payload: Mapping[str, Any]) -> object:
-        """Offer byte ranges to a reader, in place of all that it had before; returns the ticket."""
+        """Offer byte ranges to a reader, in place of all that it had before; returns the ticket.
+
+        Raises:
+            ArenaMemoryError: there is no memory for what the reader wants laid out.
+        """
         reader = str(payload["reader"])
         self.drop(payload)
-        views = [
-            self._windows[window][offset : offset + nbytes] for window, offset, nbytes in payload["ranges"]
-        ]
-        export = self._transport(str(payload["transport"])).export(views)
-        with self._refreshing:
-            try:
+        with contextlib.ExitStack() as undo:
+            arena = self._arenas.hold(items_from_wire(payload["arena"]))
+            undo.callback(arena.close)
+            views = [
+                arena.view(offset, nbytes)
+                if window == ARENA_WINDOW
+                else self._windows[window][offset : offset + nbytes]
+                for window, offset, nbytes in payload["ranges"]
+            ]
+            export = self._transport(str(payload["transport"])).export(views)
+            undo.callback(export.close)
+            with self._refreshing:
                 export.refresh(self._version)
-            except BaseException:
-                export.close()
-                raise
-            self._exports[reader], self._views[reader] = export, views
+                self._offers[reader] = _Offer(export, views, arena)
+            undo.pop_all()
         return export.ticket
 
     def digest(self, payload: Mapping[str, Any]) -> list[int]:
         """Digests of the byte ranges that a reader reads, one each."""
-        return [digest_bytes(view) for view in self._views.get(str(payload["reader"]), ())]
+        offer = self._offers.get(str(payload["reader"]))
+        return [digest_bytes(view) for view in offer.views] if offer is not None else []
 
     def drop(self, payload: Mapping[str, Any]) -> None:
         """Drop what a reader had. A reader that had nothing is no error."""
@@ -84,14 +120,13 @@ class Exports:
         if probe is not None:
             probe.close()
         with self._refreshing:
-            export = self._exports.pop(reader, None)
-        self._views.pop(reader, None)
-        if export is not None:
-            export.close()
+            offer = self._offers.pop(reader, None)
+        if offer is not None:
+            offer.close()
 
     def close(self) -> None:
         """Drop everything. Called once the service thread has ended. Idempotent."""
-        for reader in [*self._exports, *self._probes]:
+        for reader in [*self._offers, *self._probes]:
             self.drop({"reader": reader})
 
     def _transport(self, name: str) -> Transport:

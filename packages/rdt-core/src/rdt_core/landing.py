@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rdt_core.batched_copy import copy_all
 from rdt_core.describe import typed_view
 from rdt_core.dtypes import itemsize_bytes
 from rdt_core.layout import row_major_strides
@@ -62,11 +63,11 @@ class Landing:
 
     def fill_reload_buffers(self) -> None:
         """Assemble the tensors for the engine's loader. Touches no parameter."""
-        _copy_all(self.to_reload)
+        copy_all(self.to_reload)
 
     def fill_parameters(self) -> None:
         """Copy every region that landed beside its parameter into it, and set what the loader fills."""
-        _copy_all(self.to_parameters)
+        copy_all(self.to_parameters)
         with torch.no_grad():
             for target, value in self.fills:
                 target.fill_(value)
@@ -138,15 +139,3 @@ def _reload_shard(spec: TensorSpec) -> Shard:
         stride_bytes=row_major_strides(spec.shape, itemsize_bytes(spec.dtype)),
         dtype=spec.dtype,
     )
-
-
-def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    if not pairs:
-        return
-    with torch.no_grad():
-        if pairs[0][0].device.type == "cpu":
-            # On CPU the foreach form falls back to something 30 times slower than tensor by tensor.
-            for target, source in pairs:
-                target.copy_(source)
-        else:
-            torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])

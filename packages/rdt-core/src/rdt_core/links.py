@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rdt_core import settings
+from rdt_core.arena import items_to_wire
 from rdt_core.choice import AUTO, Endpoint, TransportChoice, choose_transport
 from rdt_core.coordinator import reader_name
 from rdt_core.describe import node_name
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from rdt_core.arena import ArenaItem
     from rdt_core.client import CoordinatorClient
     from rdt_core.manifest import Manifest
     from rdt_core.transports.base import Link, Transport
@@ -60,10 +62,12 @@ class LinkPlan:
     Args:
         ranges: (window, byte offset, bytes) in the trainer rank's memory, one a read.
         targets: where they land, in the same order.
+        items: what the trainer rank lays out, for ranges in ``rdt_core.arena.ARENA_WINDOW``.
     """
 
     ranges: Sequence[tuple[str, int, int]]
     targets: Sequence[torch.Tensor]
+    items: Sequence[ArenaItem] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,6 +201,7 @@ def _open_all(
             "reader": reader.name,
             "transport": transport.name,
             "ranges": [tuple(part) for part in planned[rank].ranges],
+            "arena": items_to_wire(planned[rank].items),
         }
         for rank, transport in transports.items()
     }

@@ -1,81 +1,35 @@
 """Turns pieces, strided boxes of trainer memory, into byte-range reads and landing-to-engine copies.
 
-Transports read contiguous byte ranges only. A piece that is not contiguous is cut into blocks (see
-:class:`rdt_core.layout.Cut`): many small exact ones or few large ones with gaps, whichever
-:class:`ReadCost` prices lower. All ranges of one trainer window are then united, so that no byte is read
-twice.
+Transports read contiguous byte ranges only. How every piece is read is chosen by
+:mod:`rdt_core.read_method`. A piece that goes by an arena becomes one range of that arena; one that is read
+where it lies and is not contiguous is cut into blocks (see :class:`rdt_core.layout.Cut`). All ranges of one
+trainer window are then united, so that no byte is read twice.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from rdt_core.arena import ARENA_WINDOW, ArenaItem, place_items
 from rdt_core.coverage import count_union
 from rdt_core.dtypes import itemsize_bytes
-from rdt_core.errors import ConfigError
-from rdt_core.layout import Cut, block_steps, find_cuts, offset_of
+from rdt_core.layout import block_steps, offset_of, row_major_strides
+from rdt_core.manifest import Shard
 from rdt_core.plan import Copy, Plan, Read
+from rdt_core.read_method import choose_methods, only_cut, read_as_span
 from rdt_core.region import Region
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from rdt_core.manifest import Shard
+    from rdt_core.layout import Cut
+    from rdt_core.read_method import Method, Piece, ReadCost
 
 # A landing offset equals its source offset modulo this, so that elements stay aligned and vector loads of
 # 16 bytes stay possible where they were possible in the source.
 LANDING_ALIGNMENT_BYTES = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadCost:
-    """What a read costs, to decide between exact runs and one span over a strided source.
-
-    Args:
-        bytes_per_s: throughput of one link.
-        per_read_s: what every read costs on top of its bytes, in seconds.
-        max_over_read: largest allowed ratio of bytes read to bytes needed; bounds the landing buffer.
-
-    Raises:
-        ConfigError: a value is not positive, or ``max_over_read`` is below 1.
-    """
-
-    bytes_per_s: float = 5e9
-    per_read_s: float = 2e-6
-    max_over_read: float = 8.0
-
-    def __post_init__(self) -> None:
-        if not (self.bytes_per_s > 0 and self.per_read_s >= 0 and self.max_over_read >= 1):
-            raise ConfigError(
-                f"{self} cannot price reads. Use bytes_per_s > 0, per_read_s >= 0 and max_over_read >= 1."
-            )
-
-    def price_s(self, cut: Cut) -> float:
-        """Seconds that reading all blocks of ``cut`` takes."""
-        return cut.num_blocks * self.per_read_s + cut.nbytes / self.bytes_per_s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """A region that one trainer shard holds and one engine shard needs.
-
-    Args:
-        trainer_rank: who holds it.
-        source: the trainer's shard.
-        target: the engine's shard.
-        region: lies in both shards' regions and is not empty.
-        nbytes: of its elements in the trainer's memory.
-        source_offset_bytes: of its first element in the trainer's window.
-    """
-
-    trainer_rank: int
-    source: Shard
-    target: Shard
-    region: Region
-    nbytes: int
-    source_offset_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +46,12 @@ class _Landed:
         return self.landings[index] + offset - self.starts[index]
 
 
-def lower_pieces(engine_rank: int, pieces: Sequence[Piece], cost: ReadCost) -> Plan:
-    """The plan that brings every piece to its engine shard, copies in the order of ``pieces``."""
-    chosen = [_choose_cut(piece, cost) for piece in pieces]
+def lower_pieces(engine_rank: int, wanted: Sequence[Piece], cost: ReadCost) -> Plan:
+    """The plan that brings every piece to its engine shard, copies in the order of ``wanted``."""
+    methods = choose_methods(wanted, cost)
+    pieces, arenas = _lay_out_arenas(wanted, methods)
     while True:
+        chosen = [method.cut or only_cut(piece) for piece, method in zip(pieces, methods, strict=True)]
         landed, landing_nbytes = _assign_landing(pieces, chosen)
         strides = [
             _landing_strides(piece, cut, landed[piece.trainer_rank, piece.source.window])
@@ -107,13 +63,14 @@ def lower_pieces(engine_rank: int, pieces: Sequence[Piece], cost: ReadCost) -> P
         # Blocks of other pieces lie between the blocks of these, so that no strides describe where they
         # landed: read them as one span each. Every round spans at least one more, so this ends.
         for index in irregular:
-            chosen[index] = _cuts(pieces[index])[-1]
+            methods[index] = read_as_span(pieces[index], "its runs would land unevenly")
     return Plan(
         engine_rank=engine_rank,
         reads=_make_reads(landed),
+        arenas=arenas,
         copies=tuple(
-            _make_copy(piece, found, landed[piece.trainer_rank, piece.source.window])
-            for piece, found in zip(pieces, strides, strict=True)
+            _make_copy(piece, method, found, landed[piece.trainer_rank, piece.source.window])
+            for piece, method, found in zip(pieces, methods, strides, strict=True)
             if found is not None
         ),
         landing_nbytes=landing_nbytes,
@@ -122,18 +79,47 @@ def lower_pieces(engine_rank: int, pieces: Sequence[Piece], cost: ReadCost) -> P
     )
 
 
-def _cuts(piece: Piece) -> list[Cut]:
-    return find_cuts(piece.region.shape, piece.source.stride_bytes, itemsize_bytes(piece.source.dtype))
+def _lay_out_arenas(
+    pieces: Sequence[Piece], methods: Sequence[Method]
+) -> tuple[list[Piece], dict[int, tuple[ArenaItem, ...]]]:
+    """The pieces as they lie once every trainer rank's arena is laid out, and the items of each."""
+    items = {
+        index: ArenaItem(
+            piece.source.window,
+            piece.source_offset_bytes,
+            piece.region.shape,
+            piece.source.stride_bytes,
+            piece.source.dtype,
+            method.dtype,
+        )
+        for index, (piece, method) in enumerate(zip(pieces, methods, strict=True))
+        if method.cut is None
+    }
+    by_rank: dict[int, dict[ArenaItem, int]] = {}
+    for index, item in items.items():
+        by_rank.setdefault(pieces[index].trainer_rank, {})[item] = 0
+    for found in by_rank.values():
+        found.update(zip(found, place_items(tuple(found))[0], strict=True))
+    laid_out = list(pieces)
+    for index, item in items.items():
+        laid_out[index] = _in_arena(pieces[index], item, by_rank[pieces[index].trainer_rank][item])
+    return laid_out, {rank: tuple(found) for rank, found in sorted(by_rank.items())}
 
 
-def _choose_cut(piece: Piece, cost: ReadCost) -> Cut:
-    """The cheapest cut within the allowed over-read; the finest one if none is."""
-    cuts = _cuts(piece)
-    if len(cuts) == 1:
-        return cuts[0]
-    most = cost.max_over_read * piece.nbytes
-    allowed = [cut for cut in cuts if cut.nbytes <= most] or cuts[:1]
-    return min(allowed, key=lambda cut: (cost.price_s(cut), cut.num_blocks))
+def _in_arena(piece: Piece, item: ArenaItem, offset_bytes: int) -> Piece:
+    return replace(
+        piece,
+        source=Shard(
+            tensor=piece.source.tensor,
+            region=piece.region,
+            window=ARENA_WINDOW,
+            offset_bytes=offset_bytes,
+            stride_bytes=row_major_strides(item.shape, itemsize_bytes(item.dtype)),
+            dtype=item.dtype,
+        ),
+        nbytes=item.nbytes,
+        source_offset_bytes=offset_bytes,
+    )
 
 
 def _assign_landing(
@@ -150,12 +136,14 @@ def _assign_landing(
     landed: dict[tuple[int, str], _Landed] = {}
     end = 0
     for key in sorted(ranges):
-        landed[key], end = _unite(sorted(ranges[key]), end)
+        # Items of an arena stay single: where one is shared with other readers, it lies apart from the rest.
+        unite = _keep_apart if key[1] == ARENA_WINDOW else _unite
+        landed[key], end = _land(unite(sorted(ranges[key])), end)
     return landed, end
 
 
-def _unite(ranges: Iterable[tuple[int, int]], end: int) -> tuple[_Landed, int]:
-    """Merge ranges that overlap or touch, and place them from landing offset ``end`` on."""
+def _unite(ranges: Iterable[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Starts and stops of the ranges, those that overlap or touch merged."""
     starts: list[int] = []
     stops: list[int] = []
     for start, stop in ranges:
@@ -164,12 +152,23 @@ def _unite(ranges: Iterable[tuple[int, int]], end: int) -> tuple[_Landed, int]:
         else:
             starts.append(start)
             stops.append(stop)
+    return starts, stops
+
+
+def _keep_apart(ranges: Iterable[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Starts and stops of disjoint ranges."""
+    found = list(ranges)
+    return [start for start, _ in found], [stop for _, stop in found]
+
+
+def _land(ranges: tuple[list[int], list[int]], end: int) -> tuple[_Landed, int]:
+    """Give every range a place from landing offset ``end`` on."""
     landings = []
-    for start, stop in zip(starts, stops, strict=True):
+    for start, stop in zip(*ranges, strict=True):
         end += (start - end) % LANDING_ALIGNMENT_BYTES
         landings.append(end)
         end += stop - start
-    return _Landed(starts, stops, landings), end
+    return _Landed(*ranges, landings), end
 
 
 def _landing_strides(piece: Piece, cut: Cut, landed: _Landed) -> tuple[int, ...] | None:
@@ -211,7 +210,7 @@ def _make_reads(landed: dict[tuple[int, str], _Landed]) -> dict[int, tuple[Read,
     return {rank: tuple(found) for rank, found in reads.items()}
 
 
-def _make_copy(piece: Piece, strides: tuple[int, ...], landed: _Landed) -> Copy:
+def _make_copy(piece: Piece, method: Method, strides: tuple[int, ...], landed: _Landed) -> Copy:
     return Copy(
         tensor=piece.target.tensor,
         region=piece.region,
@@ -222,6 +221,9 @@ def _make_copy(piece: Piece, strides: tuple[int, ...], landed: _Landed) -> Copy:
         target_dtype=piece.target.dtype,
         target_offset_bytes=offset_of(piece.target, piece.region),
         target_stride_bytes=piece.target.stride_bytes,
+        trainer_rank=piece.trainer_rank,
+        method=method.name,
+        reason=method.reason,
     )
 
 

@@ -10,15 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from rdt_core.arena import place_items
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from rdt_core.arena import ArenaItem
     from rdt_core.region import Region
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Read:
-    """One one-sided copy: a contiguous byte range of a trainer's window into the landing buffer."""
+    """One one-sided copy: a contiguous byte range of a trainer's window into the landing buffer.
+
+    ``window`` may be ``rdt_core.arena.ARENA_WINDOW``: then the offset counts in the arena that the trainer
+    rank lays out for this plan.
+    """
 
     trainer_rank: int
     window: str
@@ -41,7 +48,11 @@ class DirectRead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
-    """One region's way from the landing buffer to an engine window; strides follow the tensor's dims."""
+    """One region's way from the landing buffer to an engine window; strides follow the tensor's dims.
+
+    ``source_dtype`` is that of the landed elements. ``method`` and ``reason`` say how they were read and why,
+    in the words of :class:`rdt_core.read_method.Method`.
+    """
 
     tensor: str
     region: Region
@@ -52,6 +63,9 @@ class Copy:
     target_dtype: str
     target_offset_bytes: int
     target_stride_bytes: tuple[int, ...]
+    trainer_rank: int
+    method: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +81,8 @@ class Plan:
             strided source is read as one span.
         num_tensors: distinct tensors that are read.
         direct: by trainer rank, reads that need no copy (in-place mode only, see ``rdt_core.direct``).
+        arenas: by trainer rank, what it lays out for this engine rank at every publish, in order (see
+            :func:`rdt_core.arena.place_items`).
     """
 
     engine_rank: int
@@ -76,11 +92,17 @@ class Plan:
     payload_nbytes: int = 0
     num_tensors: int = 0
     direct: Mapping[int, tuple[DirectRead, ...]] = field(default_factory=dict)
+    arenas: Mapping[int, tuple[ArenaItem, ...]] = field(default_factory=dict)
 
     @property
     def trainer_ranks(self) -> tuple[int, ...]:
         """Whom this engine rank reads from, ascending."""
         return tuple(sorted({*self.reads, *self.direct}))
+
+    @property
+    def arena_bytes(self) -> int:
+        """What this engine rank asks trainer ranks to hold beside their parameters."""
+        return sum(place_items(items)[1] for items in self.arenas.values())
 
     @property
     def read_nbytes(self) -> int:

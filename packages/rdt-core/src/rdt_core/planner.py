@@ -13,7 +13,8 @@ from rdt_core.coverage import find_uncovered
 from rdt_core.dtypes import is_convertible, itemsize_bytes
 from rdt_core.errors import CoverageError, DtypeError, ShapeError, UnknownTensorError
 from rdt_core.layout import offset_of
-from rdt_core.lowering import Piece, ReadCost, lower_pieces
+from rdt_core.lowering import lower_pieces
+from rdt_core.read_method import Piece, ReadCost
 from rdt_core.region import Region
 from rdt_core.sources import Holder, SourceIndex, TensorHoldings
 
@@ -30,12 +31,12 @@ def build_plan(engine: Manifest, trainers: Sequence[Manifest], *, cost: ReadCost
     """The plan of one engine rank. Called once at connect, by the subscriber; takes seconds at most.
 
     Every element of every engine shard is copied from exactly one trainer rank, and no byte of a trainer
-    rank is read twice.
+    rank's own memory is read twice.
 
     Args:
         engine: what the engine rank wants filled.
         trainers: one manifest a trainer rank, in any order.
-        cost: prices that decide between many small reads and few large ones.
+        cost: prices that decide how each piece is read.
 
     Raises:
         UnknownTensorError: no trainer rank knows a tensor that the engine needs.
@@ -75,6 +76,8 @@ def _find_pieces(engine: Manifest, target: Shard, sources: SourceIndex, chooser:
             region=region,
             nbytes=region.num_elements * itemsize_bytes(holder.shard.dtype),
             source_offset_bytes=offset_of(holder.shard, region),
+            source_device=sources.devices[holder.trainer_rank],
+            target_device=engine.device,
         )
         chooser.add_load(piece)
         pieces.append(piece)

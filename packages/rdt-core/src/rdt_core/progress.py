@@ -23,6 +23,7 @@ class Progress:
         self.version = version
         self.phase = ""
         self.seconds: dict[str, float] = {}
+        self.arena_bytes = 0
         self.started_unix_s = time.time()
         self._started = time.perf_counter()
 
@@ -75,6 +76,7 @@ class Progress:
             stall_s=max(float(answer["stall_s"]) for answer in answers.values()),
             total_s=self.total_s,
             ranks=rows,
+            arena_bytes=self.arena_bytes,
             started_unix_s=self.started_unix_s,
             failures=tuple(self.failure(error) for error in failures),
         )

@@ -107,6 +107,11 @@ class WeightPublisher:
         """Bytes that this rank holds."""
         return self._described.manifest.nbytes
 
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes held beside the parameters for engines that read them packed or cast; 0 when none does."""
+        return self._exports.arena_bytes
+
     def publish(self, version: int) -> None:
         """Say that this rank's parameters now hold ``version``, and may be read until they are next written.
 
@@ -114,7 +119,8 @@ class WeightPublisher:
         tells the coordinator without waiting for its answer; an error in the answer is raised by the next
         publish, and meanwhile no engine takes the version. Takes no collective, unless the exporter says
         that its framework needs one here (``LocalShards.refresh``). A snapshot transport (YR) copies here
-        what its engines will read; nothing else is copied.
+        what its engines will read. Where an engine reads arenas, the last version is released (see
+        :meth:`release`) and they are filled anew, by copies inside of this device. Nothing else is copied.
 
         Args:
             version: greater than every version before; the step count will do.
@@ -138,9 +144,12 @@ class WeightPublisher:
         self._check_addresses()
         if self._described.manifest.device.startswith("cuda"):
             torch.cuda.synchronize(self._described.manifest.device)
-        self._settle()
+        self._settle_last_publish()
+        if self.arena_bytes:
+            # Filling arenas anew is a write: whoever reads the last version there ends first, or is cut off.
+            self.release()
         self._exports.refresh(version)
-        self._settle = self._client.start_publish(self._local.rank, self._instance, version)
+        self._settle = self._client.start_publish(self._local.rank, self._instance, version, self.arena_bytes)
         self._version = version
 
     def release(self, *, timeout_s: float = 30.0) -> None:
@@ -155,7 +164,7 @@ class WeightPublisher:
         """
         if self._is_closed.is_set():
             raise ClosedError("publisher")
-        self._settle()
+        self._settle_last_publish()
         if self._version == 0:
             return
         cut_off = self._client.release(self._local.rank, self._instance, timeout_s)
@@ -186,7 +195,7 @@ class WeightPublisher:
         self._thread.join(_JOIN_TIMEOUT_S)
         self._exports.close()
         try:
-            self._settle()
+            self._settle_last_publish()
             self._client.detach(self._local.rank, self._instance)
         except (CoordinatorLostError, DeadlineError, GroupInUseError) as error:
             logger.debug("left a group whose coordinator is gone: %s", error)
@@ -198,6 +207,11 @@ class WeightPublisher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _settle_last_publish(self) -> None:
+        """Wait for the coordinator's answer to it, which comes once."""
+        settle, self._settle = self._settle, _nothing
+        settle()
 
     def _check_addresses(self) -> None:
         for shard, before, now in zip(self._local.shards, self._addresses, self._local.locate(), strict=True):

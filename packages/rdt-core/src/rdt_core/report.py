@@ -75,6 +75,8 @@ class SyncReport:
         stall_s: the longest time any engine held generation.
         total_s: the whole call.
         ranks: one row an engine rank.
+        arena_bytes: what all trainer ranks hold beside their parameters for engines that read them packed or
+            cast; 0 when nothing needs it.
         started_unix_s: when the driver began, by its clock.
         failures: of engines that serve what they served before; only with ``commit_policy="engine"``.
     """
@@ -88,6 +90,7 @@ class SyncReport:
     stall_s: float
     total_s: float
     ranks: tuple[RankReport, ...]
+    arena_bytes: int = 0
     started_unix_s: float = 0.0
     failures: tuple[SyncFailure, ...] = ()
 

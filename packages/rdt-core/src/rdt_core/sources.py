@@ -104,6 +104,7 @@ class SourceIndex:
                     "under its own global rank."
                 )
         self.nodes = {manifest.rank: manifest.node for manifest in self._trainers}
+        self.devices = {manifest.rank: manifest.device for manifest in self._trainers}
         self._shards: dict[str, list[Holder]] = {}
         for manifest in self._trainers:
             for shard in manifest.shards:

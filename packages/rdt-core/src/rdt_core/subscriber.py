@@ -73,8 +73,8 @@ class WeightSubscriber:
 
         Returns:
             Plain values: version (that the model holds), rank, world_size, mode, num_tensors, nbytes,
-            read_nbytes, num_reads, landing_nbytes, reload, trainers and reasons (which transport each trainer
-            rank is read over, and why), probe_s, connect_s.
+            read_nbytes, num_reads, landing_nbytes, arena_bytes, reload, trainers and reasons (which transport
+            each trainer rank is read over, and why), probe_s, connect_s.
 
         Raises:
             RdtError: the typed reason; see the README's table.

@@ -25,6 +25,7 @@ from rdt_core.lifecycle import SyncEvent, SyncLife
 from rdt_core.member import Member
 from rdt_core.mode import AUTO
 from rdt_core.progress import Progress
+from rdt_core.read_method import ARENA_POLICIES
 from rdt_core.report import VerifyReport
 from rdt_core.round import ALL_OR_NONE, Round, UpdateOptions
 
@@ -74,7 +75,7 @@ class WeightSync:
         self._life = SyncLife()
 
     @classmethod
-    def connect(
+    def connect(  # noqa: PLR0913  one keyword a choice that the user has
         cls,
         group: str,
         engines: Sequence[str],
@@ -82,6 +83,7 @@ class WeightSync:
         api_key: str | None = None,
         transport: str = choice.AUTO,
         mode: str = AUTO,
+        arenas: str = "auto",
         timeout_s: float = 120.0,
         observers: Sequence[SyncObserver] = (),
         channel: Channel | None = None,
@@ -100,6 +102,8 @@ class WeightSync:
             mode: ``"staged"`` reads beside the parameters while generation goes on; ``"inplace"`` needs no
                 memory for that, and holds generation while it reads into them; ``"auto"`` takes the first
                 in every engine rank with room for it.
+            arenas: ``"auto"`` has trainer ranks hold packed and cast copies of what is cheaper to read that
+                way, ``SyncReport.arena_bytes`` in all; ``"never"`` takes no memory of theirs.
             timeout_s: for each engine's connect, in seconds.
             observers: are told about every sync; metrics for instance.
             channel: how to reach the coordinator; by default the group's named Ray actor.
@@ -116,6 +120,8 @@ class WeightSync:
         """
         if not engines or len(set(engines)) != len(engines):
             raise ConfigError(f"engines must be one or more different URLs, got {list(engines)!r}.")
+        if arenas not in ARENA_POLICIES:
+            raise ConfigError(f"arenas={arenas!r} is not a policy. Use one of {ARENA_POLICIES}.")
         where = ray_session.RayAddress("")
         if channel is None:
             ray_session.join()
@@ -128,6 +134,7 @@ class WeightSync:
             "ray_auth_mode": where.auth_mode,
             "transport": transport if transport != choice.AUTO else settings.read_transport(),
             "mode": mode,
+            "arenas": arenas,
             "timeout_s": timeout_s,
         }
         reached = [EngineHttp(url, api_key=api_key) for url in engines]
@@ -333,7 +340,7 @@ class WeightSync:
         self, progress: Progress, members: Sequence[Member], options: UpdateOptions
     ) -> SyncReport:
         with progress.enter("publish_wait"):
-            self._client.wait_published(progress.version, options.timeout_s)
+            progress.arena_bytes = self._client.wait_published(progress.version, options.timeout_s)
         self._life.move(SyncEvent.PUBLISHED)
         attempt = Round(self._client, self._pool, members, progress.version, options)
         with progress.enter("prepare"):
