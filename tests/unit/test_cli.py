@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -178,3 +180,42 @@ def test_simulate_refuses_an_unknown_mode_and_engines_that_do_not_fit() -> None:
     assert "auto, staged, inplace" in run("simulate", "--preset", "qwen3-0.6b", "--mode", "fast", code=2)
     shown = run("simulate", "--preset", "qwen3-0.6b", "--engine", "vllm:tp=2", "--engines", "3", code=1)
     assert "does not divide" in shown
+
+
+def run_doctor(*arguments: str, **env: str) -> tuple[int, dict[str, Any]]:
+    """In a process of its own: looking for transports loads what others must not find loaded."""
+    code = "from rdt_core.cli.entry import main; main()"
+    command = [sys.executable, "-c", code, "doctor", "--json", *arguments]
+    # Nothing listens at port 1, so that no cluster of this machine is joined.
+    where = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1", **env}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=where)
+    return ran.returncode, json.loads(ran.stdout)
+
+
+def test_doctor_measures_this_machine_and_writes_a_topology_that_simulate_takes(
+    config: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "topology.toml"
+    code, found = run_doctor("--topology", str(file))
+    has_ray_nixl_torch = all(importlib.util.find_spec(name) for name in ("ray", "nixl", "torch"))
+    assert (code, found["ok"]) == ((0, True) if has_ray_nixl_torch else (1, False))
+    speeds = {speed["name"]: speed["bytes_per_s"] for speed in found["speeds"]}
+    assert speeds["copy in one process"] > 1e6
+    values = read_json(
+        "simulate", config, "--trainer", "fsdp:dp=1", "--engine", "vllm", "--topology", str(file)
+    )
+    assert values["prediction"]["bottleneck"] == "inside a node"
+
+
+def test_doctor_names_what_is_missing_and_the_command_that_helps(tmp_path: Path) -> None:
+    missing = str(tmp_path / "no-token")
+    code, found = run_doctor(
+        "--no-speed", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=missing, RAY_AUTH_TOKEN=""
+    )
+    checks = {check["name"]: check for check in found["checks"]}
+    assert code == 1
+    assert checks["ray token"]["state"] == "missing"
+    assert missing in checks["ray token"]["detail"]
+    assert checks["ray token"]["remedy"].startswith("ray get-auth-token")
+    assert found["speeds"] == []
+    assert all(check["remedy"] for check in found["checks"] if check["state"] == "missing")

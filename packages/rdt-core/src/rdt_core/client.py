@@ -195,6 +195,15 @@ class LocalChannel:
         self._thread.join(CALL_TIMEOUT_S)
 
 
+def list_groups() -> list[str]:
+    """Names of all groups that have a coordinator in the cluster that this process has joined, sorted."""
+    import ray  # noqa: PLC0415
+
+    named = ray.util.list_named_actors(all_namespaces=True)
+    ours = (entry["name"] for entry in named if entry["namespace"] == NAMESPACE)
+    return sorted(name.removeprefix(actor_name("")) for name in ours if name.startswith(actor_name("")))
+
+
 def actor_name(group: str) -> str:
     """Name of a group's coordinator among the actors of the Ray namespace."""
     return f"rdt:{group}"

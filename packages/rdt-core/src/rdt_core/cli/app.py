@@ -9,7 +9,9 @@ from typer.core import TyperGroup
 
 import rdt_core
 from rdt_core.cli import (
+    doctor_command,
     gateway_command,
+    group_commands,
     manifest_command,
     plan_command,
     simulate_command,
@@ -60,3 +62,6 @@ app.command("manifest")(manifest_command.run)
 app.command("plan")(plan_command.run)
 app.command("simulate")(simulate_command.run)
 app.command("trace")(trace_command.run)
+app.command("doctor")(doctor_command.run)
+app.command("status")(group_commands.status)
+app.command("update")(group_commands.update)

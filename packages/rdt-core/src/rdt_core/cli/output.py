@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -10,9 +13,26 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+@contextlib.contextmanager
+def only_our_output() -> Iterator[None]:
+    """Sends what libraries print to standard error, so that standard output holds the command's answer alone.
+
+    NIXL logs to standard output, some of it from native code: the descriptor itself is redirected.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def print_json(values: dict[str, Any]) -> None:

@@ -16,6 +16,9 @@ _FACTORIES = {
     "nixl": "rdt_core.transports.nixl:NixlTransport",
 }
 
+TRANSPORTS = tuple(_FACTORIES)
+"""Names that :func:`make_transport` takes."""
+
 
 def known_transports() -> list[str]:
     """Names of all transports, whether or not this process can use them; sorted."""

@@ -1,0 +1,27 @@
+"""The documentation against the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rdt_core import errors
+
+DOCS = Path(__file__).parents[2] / "docs"
+CLASSES = sorted(
+    name for name, found in vars(errors).items() if isinstance(found, type) and issubclass(found, Exception)
+)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_error_has_an_entry_in_troubleshooting(name: str) -> None:
+    entries = re.findall(r"^### `(\w+)`\n(.+)", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert dict(entries).get(name), f"add an entry for {name} to docs/troubleshooting.md"
+
+
+def test_troubleshooting_has_no_entry_for_an_error_that_is_gone() -> None:
+    entries = re.findall(r"^### `(\w+)`", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert set(entries) == set(CLASSES)
+    assert len(entries) == len(CLASSES)
