@@ -67,6 +67,20 @@ class Topology:
         if not self.nic_efficiency <= 1:
             raise ConfigError(f"topology has nic_efficiency={self.nic_efficiency}, expected at most 1.")
 
+    @classmethod
+    def of_one_machine(cls, *, copy_bytes_per_s: float, local_bytes_per_s: float) -> Topology:
+        """Trainer and engine as processes of one machine without GPUs, with the fixed costs measured there.
+
+        Args:
+            copy_bytes_per_s: of a copy inside one process, bytes read plus bytes written.
+            local_bytes_per_s: at which a process reads another's memory.
+        """
+        return cls(
+            is_colocated=True,
+            copy_bytes_per_s=copy_bytes_per_s,
+            local_bytes_per_s=local_bytes_per_s,
+        )
+
     @property
     def nic_bytes_per_s(self) -> float:
         """What one NIC carries each way."""
