@@ -366,7 +366,12 @@ def _rebuilt(model_class: Any, config: Any) -> dict[str, Any]:
     tensors = _assemble([piece for rank in pieces for piece in rank])
     with tempfile.TemporaryDirectory() as directory:
         got = _load(model_class, config, tensors, Path(directory))(ids).logits
-    return {"same_names": set(tensors) == saved, "same_logits": torch.equal(got, expected)}
+    return {
+        "same_names": set(tensors) == saved,
+        "same_logits": torch.equal(got, expected),
+        "regions": sorted((shard.spec.name, str(shard.region)) for shard in local.shards),
+        "config": {**config.to_dict(), "dtype": "float32"},
+    }
 
 
 def _saved_names(model: Any) -> set[str]:

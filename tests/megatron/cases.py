@@ -69,6 +69,8 @@ def _rebuild_before_and_after_training(c: Configuration) -> dict[str, Any]:
         "num_windows": len(manifest.windows),
         "num_shards": len(local.shards),
         "dtypes": {shard.spec.name: shard.spec.dtype for shard in local.shards},
+        "regions": sorted((shard.spec.name, str(shard.region)) for shard in local.shards),
+        "hf_values": {**hf.to_dict(), "dtype": c.dtype},
     }
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.integration.rank_world import RankWorld
 from tests.megatron.configurations import CONFIGURATIONS
+from tests.megatron.simulated import expected_regions, is_known, without_cut
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,6 +38,11 @@ def world_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int
 def test_a_model_rebuilt_from_live_views_gives_equal_logits_before_and_after_training(
     world_of: Callable[[int], RankWorld], name: str
 ) -> None:
-    answers = world_of(CONFIGURATIONS[name].num_ranks).run(name)
-    for answer in answers:
+    configuration = CONFIGURATIONS[name]
+    answers = world_of(configuration.num_ranks).run(name)
+    for rank, answer in enumerate(answers):
         assert answer["unchanged"] == []
+        if is_known(configuration):
+            # What `rdt plan` and `rdt simulate` take for granted is what a real rank describes.
+            expected = expected_regions(configuration, answer["hf_values"], rank)
+            assert without_cut(configuration, answer["regions"]) == expected

@@ -139,6 +139,7 @@ def parse_config(values: Mapping[str, Any], source: str = "config.json") -> Mode
             f"{', '.join(sorted(FAMILIES))}; add one to rdt_core.models.families.FAMILIES."
         )
     known = _Values(values, source)
+    _refuse_biases(known, family, source)
     heads, hidden, layers = (
         known.whole(key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers")
     )
@@ -158,6 +159,16 @@ def parse_config(values: Mapping[str, Any], source: str = "config.json") -> Mode
         mla=_find_mla(known) if family.is_mla else None,
         moe=_find_moe(known, family, layers) if family.moe else None,
     )
+
+
+def _refuse_biases(known: _Values, family: Family, source: str) -> None:
+    """Biases that the family's table does not have would be left out without a word."""
+    for key in ("attention_bias", "mlp_bias"):
+        if known.truth(key, default=False) and family.qkv_bias != key:
+            raise ConfigError(
+                f"{source} has {key}=true, and the table of its model_type has no such biases. Add them to "
+                "rdt_core.models.families.FAMILIES."
+            )
 
 
 def _find_dtype(values: Mapping[str, Any], source: str) -> str:
