@@ -289,6 +289,17 @@ def test_a_config_that_cannot_be_used_says_which_value(tmp_path: Path, content: 
         load_config(tmp_path)
 
 
+def test_the_number_of_experts_is_found_under_the_name_that_transformers_5_saves() -> None:
+    renamed = {key: value for key, value in MOE.items() if key != "num_experts"}
+    assert parse_config({**renamed, "num_local_experts": 8}) == parse_config(MOE)
+
+
+@pytest.mark.parametrize("key", ["attention_bias", "mlp_bias"])
+def test_biases_that_a_table_lacks_are_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        parse_config({**DENSE, key: True})
+
+
 def test_a_missing_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json"):
         load_config(tmp_path)

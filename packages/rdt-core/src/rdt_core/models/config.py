@@ -77,6 +77,10 @@ class ModelConfig:
     moe: Moe | None
 
 
+# transformers 5 saves some families' number under another's name.
+_NUM_EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
 class _Values:
     """Typed access to a config.json that names the key in every complaint."""
 
@@ -92,6 +96,10 @@ class _Values:
                 "that the engine serves, as saved with its weights."
             )
         return value
+
+    def first_of(self, *keys: str) -> str:
+        """The first key that is there; the first of all where none is."""
+        return next((key for key in keys if self._values.get(key) is not None), keys[0])
 
     def truth(self, key: str, *, default: bool) -> bool:
         value = self._values.get(key)
@@ -198,7 +206,7 @@ def _find_moe(known: _Values, family: Family, layers: int) -> Moe:
     intermediate = known.whole(names.intermediate_key)
     return Moe(
         names=names,
-        num_experts=known.whole(names.num_experts_key),
+        num_experts=known.whole(known.first_of(names.num_experts_key, *_NUM_EXPERTS_KEYS)),
         intermediate=intermediate,
         shared_intermediate=known.whole("n_shared_experts", 0) * intermediate if names.shared else 0,
         layers=frozenset(layer for layer in range(layers) if _has_experts(known, layer)),
