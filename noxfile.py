@@ -301,7 +301,9 @@ def unit(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["env-torch"])
 def contract(session: nox.Session) -> None:
     """Run the tests that every transport, exporter and engine must pass alike."""
-    run_in(session, TORCH, "-m", "pytest", "tests/contract", "-m", "not cuda", *session.posargs)
+    run_in(session, TORCH, "-m", "pytest", "tests/contract", "-m", "not cuda and not yr", *session.posargs)
+    # A second process: NIXL and openYuanrong crash in one.
+    run_in(session, TORCH, "-m", "pytest", "tests/contract", "-m", "yr", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["env-torch"])

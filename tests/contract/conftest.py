@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,10 +10,13 @@ import pytest
 from rdt_core import transports
 from tests.contract import gated
 from tests.contract.world import World, make_world
+from tests.data_workers import data_workers, find_obstacle
 from tests.local_ray import local_ray
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.data_workers import DataWorker
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +42,15 @@ def world(shared_world: World) -> Iterator[World]:
     gated.reset()
     yield shared_world
     gated.reset()
+
+
+@pytest.fixture(scope="session")
+def two_data_workers() -> Iterator[list[DataWorker]]:
+    """Two openYuanrong data workers, which stand for those of a trainer's node and of an engine's."""
+    obstacle = find_obstacle()
+    if "nixl._api" in sys.modules:
+        obstacle = "this process has loaded NIXL: run these alone, pytest -m yr"
+    if obstacle is not None:
+        pytest.skip(obstacle)
+    with data_workers(2) as workers:
+        yield workers

@@ -14,7 +14,7 @@ import torch
 from rdt_core.transports import make_transport
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rdt_core.transports.base import Export, Transport
 
@@ -83,7 +83,8 @@ class LocalSource:
 
 
 class _SourceActor:
-    def __init__(self, name: str, sizes: Sequence[int]) -> None:
+    def __init__(self, name: str, sizes: Sequence[int], env: Mapping[str, str]) -> None:
+        os.environ.update(env)
         self._source = LocalSource(make_transport(name), sizes)
 
     def pid(self) -> int:
@@ -108,10 +109,12 @@ class _SourceActor:
 class ActorSource:
     """A source in a Ray actor, a process of its own."""
 
-    def __init__(self, name: str, sizes: Sequence[int]) -> None:
+    def __init__(self, name: str, sizes: Sequence[int], env: Mapping[str, str] | None = None) -> None:
         # Ray hides every GPU from an actor that asks for none.
         num_gpus = 0.01 if device_of(name).type == "cuda" else 0
-        self._actor = ray.remote(_SourceActor).options(num_cpus=0, num_gpus=num_gpus).remote(name, sizes)
+        self._actor = (
+            ray.remote(_SourceActor).options(num_cpus=0, num_gpus=num_gpus).remote(name, sizes, env or {})
+        )
         self._pid = int(ray.get(self._actor.pid.remote(), timeout=60))
 
     def export(self) -> object:

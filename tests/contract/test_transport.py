@@ -39,10 +39,21 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 
 
 @pytest.fixture(
-    params=["memory", "nixl", pytest.param("cuda_ipc", marks=[pytest.mark.cuda, needs_gpu])],
+    params=[
+        "memory",
+        "nixl",
+        pytest.param("yr", marks=pytest.mark.yr),
+        pytest.param("cuda_ipc", marks=[pytest.mark.cuda, needs_gpu]),
+    ],
 )
-def stand(request: pytest.FixtureRequest) -> Iterator[Stand]:
-    """One transport; real ones have their source in another process."""
+def stand(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
+    """One transport; real ones have their source in another process, and the data system in another node."""
+    source_env: dict[str, str] = {}
+    if request.param == "yr":
+        near, far = request.getfixturevalue("two_data_workers")
+        source_env = far.env
+        for name, value in near.env.items():
+            monkeypatch.setenv(name, value)
     transport = make_transport(request.param) if request.param == "memory" else None
     if transport is None:
         request.getfixturevalue("ray_cluster")
@@ -54,7 +65,7 @@ def stand(request: pytest.FixtureRequest) -> Iterator[Stand]:
         if request.param == "memory":
             source = LocalSource(transport, sizes)
         else:
-            source = ActorSource(request.param, sizes)
+            source = ActorSource(request.param, sizes, source_env)
         made.append(source)
         return source
 
@@ -132,8 +143,9 @@ def test_a_dead_source_is_a_typed_error_that_names_its_rank(stand: Stand) -> Non
     link = stand.transport.open(source.export(), stand.make_targets((2,)), trainer_rank=3)
     link.pull(0, timeout_s=TIMEOUT_S)
     source.kill()
+    # A snapshot may outlive its source, so ask for a version that cannot have been published.
     with pytest.raises(SourceDiedError, match="trainer rank 3"):
-        link.pull(0, timeout_s=TIMEOUT_S)
+        link.pull(1, timeout_s=TIMEOUT_S)
     link.close()
 
 

@@ -29,6 +29,7 @@ PURE = (
     "rdt_core.region",
     "rdt_core.simulator.predict",
     "rdt_core.sources",
+    "rdt_core.transports.pieces",
     "rdt_core.wire",
 )
 HEAVY = ("torch", "ray", "numpy", "vllm", "sglang", "nixl")
