@@ -37,6 +37,7 @@ nox.options.sessions = [
     "e2e-vllm",
     "e2e-sglang",
     "demo",
+    "examples",
     "build",
 ]
 
@@ -45,7 +46,7 @@ PACKAGES = ("rdt-core", "rdt-megatron", "rdt-vllm", "rdt-sglang")
 ENVIRONMENTS = ROOT / ".nox"
 CONSTRAINTS = ROOT / "tests" / "constraints"
 TOOLS = CONSTRAINTS / "tools.txt"
-SCRIPT_FOLDERS = ("examples/demo", "benchmarks")
+SCRIPT_FOLDERS = ("examples/demo", "examples/rl", "benchmarks")
 UNIT_PYTHONS = ["3.11", "3.12", "3.13"]
 
 # The only index that carries CPU builds of torch under the `+cpu` version we pin.
@@ -358,6 +359,12 @@ def demo(session: nox.Session) -> None:
         session.run(sys.executable, "-m", "nox", "-s", SGLANG.session, external=True)
         arguments += ["--sglang-python", str(SGLANG.folder / "bin" / "python")]
     run_in(session, VLLM, "examples/demo/run.py", *arguments, patience_s=30)
+
+
+@nox.session(venv_backend="none", requires=["env-vllm"])
+def examples(session: nox.Session) -> None:
+    """Run examples/rl/run.py: an RL loop under torchrun, and AReaL's way through a gateway, on one vLLM."""
+    run_in(session, VLLM, "examples/rl/run.py", *session.posargs, patience_s=30)
 
 
 @nox.session(venv_backend="none", requires=["env-torch"], default=False)

@@ -13,8 +13,12 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
+from rdt_core.client import CoordinatorClient
+from rdt_core.errors import ClosedError, ReleasedError
 from rdt_core.gateway.__main__ import main, parse_arguments, settings_of
 from rdt_core.gateway.app import make_app
+from rdt_core.gateway.pair import PairSpec
+from rdt_core.gateway.pairs import Pairs
 from rdt_core.gateway.settings import GatewaySettings
 from rdt_core.sync import WeightSync
 from rdt_core.trainer_routes import TrainerWorker, make_router
@@ -429,3 +433,37 @@ def test_the_command_takes_its_keys_from_the_environment_or_a_file(
     file = tmp_path / "key"
     file.write_text("from a file\n")
     assert settings_of(parse_arguments(["--api-key-file", str(file)])).api_key == "from a file"
+
+
+def test_a_pair_that_is_being_disconnected_can_be_neither_connected_nor_updated(
+    group: LocalGroup, engine: str
+) -> None:
+    def connect(name: str, engines: list[str], **options: Any) -> WeightSync:
+        return WeightSync.connect(name, engines, channel=group.channel, **options)
+
+    pairs = Pairs(SETTINGS, connect=connect)
+    spec = PairSpec(name="p", group=group.name, engines=(engine,))
+    pair = pairs.connect(spec)
+    pair.connected.result(60)
+    pair.close().result(60)
+    with pytest.raises(ClosedError, match="disconnected"):
+        pairs.connect(spec)
+    with pytest.raises(ClosedError):
+        pair.update(1)
+    pairs.close(60)
+
+
+def test_a_trainer_worker_keeps_readers_out_while_it_writes() -> None:
+    group = LocalGroup(world_size=1)
+    worker = TrainerWorker(group.name, group.trainers[0].local, channel=group.channel)
+    with worker.writing():
+        assert worker.init("p") == {"status": "ok", "version": 0}
+    worker.publish("p", 1)
+    client = CoordinatorClient(group.channel)
+    client.wait_published(1, 30.0)
+    with worker.writing(), pytest.raises(ReleasedError):
+        client.wait_published(1, 30.0)
+    worker.publish("p", 2)
+    client.wait_published(2, 30.0)
+    worker.close()
+    worker.close()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rdt_core.errors import CoordinatorLostError, NotPublishedError
+from rdt_core.report import SyncFailure, SyncReport
 from tests.local_group import local_group
 
 prometheus_client = pytest.importorskip(
@@ -98,6 +99,42 @@ def test_a_coordinator_that_does_not_answer_is_down_and_breaks_no_scrape() -> No
     assert registry.get_sample_value("rdt_coordinator_up", {"group": "policy"}) is None
     metrics.close()
     metrics.close()
+
+
+def test_an_engine_that_did_not_follow_keeps_its_version_and_is_a_failure() -> None:
+    registry = prometheus_client.CollectorRegistry()
+    metrics = SyncMetrics(registry)
+    metrics.on_connected("policy", {"http://a": [{}], "http://b": [{}]})
+    failure = SyncFailure(
+        version=4,
+        phase="prepare",
+        error_type="PullTimeoutError",
+        message="too slow",
+        engine="http://b",
+        rank=0,
+        started_unix_s=0.0,
+        seconds=1.0,
+    )
+    report = SyncReport(
+        version=4,
+        num_tensors=1,
+        nbytes=1,
+        publish_wait_s=0.0,
+        prepare_s=1.0,
+        commit_s=0.0,
+        stall_s=0.0,
+        total_s=1.0,
+        ranks=(),
+        failures=(failure,),
+    )
+    metrics.on_synced("policy", report)
+    served = {
+        engine: registry.get_sample_value("rdt_engine_version", {"group": "policy", "engine": engine})
+        for engine in ("http://a", "http://b")
+    }
+    assert served == {"http://a": 4, "http://b": 0}
+    labels = {"group": "policy", "phase": "prepare", "error_type": "PullTimeoutError"}
+    assert registry.get_sample_value("rdt_sync_failures_total", labels) == 1
 
 
 def load_dashboard_module() -> Any:

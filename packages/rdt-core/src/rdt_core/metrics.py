@@ -106,8 +106,11 @@ class SyncMetrics:
         """Count a completed sync."""
         with self._lock:
             served = self._served.setdefault(group, {})
-            served.update(dict.fromkeys(served, report.version))
-            served.update({row.engine: report.version for row in report.ranks})
+            behind = {failure.engine for failure in report.failures}
+            engines = {*served, *(row.engine for row in report.ranks)} - behind
+            served.update(dict.fromkeys(engines, report.version))
+        for failure in report.failures:
+            self._failures.labels(group, failure.phase, failure.error_type).inc()
         for phase in _PHASES:
             self._phase.labels(group, phase).observe(getattr(report, f"{phase}_s"))
         self._syncs.labels(group).inc()

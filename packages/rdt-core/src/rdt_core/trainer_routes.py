@@ -7,6 +7,7 @@ values, bounded in size; no pickle, no weight byte and no address of memory pass
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from rdt_core.errors import ConfigError, NotConnectedError, RdtError, WireFormat
 from rdt_core.publisher import WeightPublisher
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from rdt_core.client import Channel
     from rdt_core.local_shards import LocalShards
@@ -95,6 +96,18 @@ class TrainerWorker:
             if version != self._publisher.version:
                 self._publisher.publish(version)
             return {"status": "ok", "version": version}
+
+    @contextlib.contextmanager
+    def writing(self, *, timeout_s: float = 30.0) -> Iterator[None]:
+        """Around whatever writes the parameters: waits until nobody reads them.
+
+        Called by the trainer's own loop; does nothing while no pair is connected. See
+        :meth:`rdt_core.publisher.WeightPublisher.writing`.
+        """
+        with self._lock:
+            publisher = self._publisher
+        with publisher.writing(timeout_s=timeout_s) if publisher is not None else contextlib.nullcontext():
+            yield
 
     def teardown(self, pair: str) -> dict[str, Any]:
         """Leave a pair; after the last one, leave the group and close every export. Idempotent."""

@@ -172,6 +172,11 @@ class Pair:
             return self._closing
 
     @property
+    def is_closing(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closing is not None
+
+    @property
     def failed_phase(self) -> str:
         """The phase in which the last update failed; empty when it did not, or its sync did not begin."""
         return self._failed_phase

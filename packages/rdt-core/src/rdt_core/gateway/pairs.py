@@ -8,7 +8,7 @@ from collections import deque
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any
 
-from rdt_core.errors import RdtError
+from rdt_core.errors import ClosedError, RdtError
 from rdt_core.gateway.errors import PairExistsError, UnknownPairError, UnsupportedRequestError
 from rdt_core.gateway.pair import Pair, PairNotes, PairSpec
 from rdt_core.gateway.trainers import TrainerWorkers
@@ -65,6 +65,7 @@ class Pairs:
 
         Raises:
             PairExistsError: a pair of this name has other workers.
+            ClosedError: the pair of this name is still being disconnected.
             UnsupportedRequestError: the spec names no group and no trainer workers.
         """
         if not spec.group and not spec.trainer_workers:
@@ -73,6 +74,8 @@ class Pairs:
         with self._lock:
             known = self._pairs.get(spec.name)
             if known is not None:
+                if known.is_closing:
+                    raise ClosedError(f"pair {spec.name!r}, which is still being disconnected,")
                 if known.spec != spec:
                     raise PairExistsError(spec.name)
                 return known
