@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import ray
-from cases import CASES
+from cases import QWEN3, SMOLLM2, Decoder
 from rich.console import Console
 from rich.table import Table
-from sync import TIMEOUT_S, Trainer, engine_process, machine, start, versions
+from sync import Setup, engine_process, machine, ray_cluster, versions
+from trainer import TrainerGroup
 
 from rdt_core import WeightSync
 from rdt_core.link_speed import measure_speeds
@@ -34,9 +33,8 @@ PHASES = ("prepare", "commit", "total")
 SYNCS_A_ROUND = 3
 
 
-def config_of(case: str) -> dict[str, Any]:
+def config_of(values: Decoder) -> dict[str, Any]:
     """The case as a config.json."""
-    values = CASES[case]
     return {
         "model_type": "qwen3" if values.has_qk_norm else "llama",
         "vocab_size": values.vocab,
@@ -51,7 +49,7 @@ def config_of(case: str) -> dict[str, Any]:
     }
 
 
-def predict_case(case: str, speeds: dict[str, float]) -> dict[str, float]:
+def predict_case(case: Decoder, speeds: dict[str, float]) -> dict[str, float]:
     """Seconds by phase, from layouts and speeds."""
     model = describe_model(parse_config(config_of(case)))
     trainer = make_trainer(parse_spec("fsdp:dp=1", TRAINERS), model)
@@ -70,24 +68,25 @@ def predict_case(case: str, speeds: dict[str, float]) -> dict[str, float]:
 
 def measure_case(case: str, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
     """Medians of speeds and of phases, taken in turn."""
-    trainer = start(Trainer, case)
-    ray.get(trainer.attach.remote(case), timeout=TIMEOUT_S)
+    setup = Setup(case=case, device="cpu", transport="nixl")
+    trainers = TrainerGroup(case, setup.trainer_devices())
+    trainers.attach(case)
     speeds: dict[str, list[float]] = {}
     phases: dict[str, list[float]] = {name: [] for name in PHASES}
     version = 0
-    with engine_process(case) as url, WeightSync.connect(case, engines=[url]) as sync:
+    with engine_process(setup, 0) as url, WeightSync.connect(case, engines=[url]) as sync:
         for number in range(rounds + 1):
             for speed in measure_speeds():
                 speeds.setdefault(speed.name, []).append(speed.bytes_per_s or 0.0)
             for _ in range(SYNCS_A_ROUND):
                 version += 1
-                ray.get(trainer.step_and_publish.remote(version), timeout=TIMEOUT_S)
+                trainers.step_and_publish(version)
                 report = sync.update(version=version)
                 if number:  # the first round warms up
                     phases["prepare"].append(report.ranks[0].prepare_s)
                     phases["commit"].append(report.commit_s)
                     phases["total"].append(report.total_s)
-    ray.kill(trainer)
+    trainers.close()
     return (
         {name: statistics.median(values) for name, values in speeds.items()},
         {name: statistics.median(values) for name, values in phases.items()},
@@ -103,30 +102,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the result here")
     args = parser.parse_args()
     result: dict[str, Any] = {"machine": machine(), "versions": versions(), "cases": []}
-    with tempfile.TemporaryDirectory(prefix="rdt", dir="/tmp") as temp_dir:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            namespace="rdt",
-            object_store_memory=2**28,
-            _temp_dir=temp_dir,
-        )
-        try:
-            for case in CASES:
-                speeds, measured = measure_case(case, args.rounds)
-                result["cases"].append(
-                    {
-                        "case": case,
-                        "config": config_of(case),
-                        "speeds_bytes_per_s": speeds,
-                        "measured_s": measured,
-                        "predicted_s": predict_case(case, speeds),
-                    }
-                )
-        finally:
-            ray.shutdown()
+    with ray_cluster():
+        for case in (SMOLLM2, QWEN3):
+            speeds, measured = measure_case(case.name, args.rounds)
+            result["cases"].append(
+                {
+                    "case": case.name,
+                    "config": config_of(case),
+                    "speeds_bytes_per_s": speeds,
+                    "measured_s": measured,
+                    "predicted_s": predict_case(case, speeds),
+                }
+            )
     table = Table(title="predicted against measured")
     for column in ("case", "phase", "measured ms", "predicted ms", "off by"):
         table.add_column(column, justify="left" if column in ("case", "phase") else "right")

@@ -1,15 +1,18 @@
-"""How long a sync takes, beside the ways one would do without: one run, one table, one JSON file.
+"""How long a sync takes, beside the limits and beside other ways: one run, one table, one JSON file.
 
     python benchmarks/sync.py --case smollm2 --device cpu
+    python benchmarks/sync.py --case qwen3-0.6b --device cuda
+    python benchmarks/sync.py --case qwen3-0.6b --device cuda --trainers 2 --engines 2
 
-Paths: ``copy_in_process`` (the limit: the same bytes from memory to memory in one process), ``ours``
-(trainer, engine and driver in three processes), ``ray_plasma`` (numpy through Ray's object store), ``gloo``
-(broadcast), ``safetensors`` (through a file).
+Trainer ranks, engine ranks and driver are processes of their own. On CUDA trainer rank i is on GPU i and
+engine rank i on the GPU i from the last, so that on a machine of several GPUs every byte crosses a link; an
+engine's process sees its own GPU only. ``docs/performance.md`` says what the paths are.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -20,223 +23,166 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import psutil
 import ray
+import references
 import torch
-from cases import CASES
+from cases import CASES, num_bytes
+from references import Sample
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
+from trainer import TIMEOUT_S, TrainerGroup
 
-from rdt_core import LocalShard, LocalShards, Region, TensorSpec, WeightPublisher, WeightSync
+from rdt_core import WeightSync
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
-TIMEOUT_S = 120.0
-WARM_UP = 2
+WARM_UP = 3
 HERE = Path(__file__).parent
-Sample = dict[str, float]
+SLOW_PATHS = ("seed_design", "ray_nixl", "gloo", "ray_plasma", "safetensors")
+REFERENCES: dict[str, dict[str, Callable[[str, int, Sequence[str]], list[Sample]]]] = {
+    "cpu": {
+        "copy_in_process": references.measure_copy,
+        "ray_nixl": references.measure_ray_nixl,
+        "gloo": references.measure_gloo,
+        "safetensors": references.measure_safetensors,
+        "ray_plasma": references.measure_plasma,
+    },
+    "cuda": {
+        "copy_in_process": references.measure_copy,
+        "ipc_foreach": references.measure_ipc_foreach,
+        "seed_design": references.measure_seed_design,
+        "ray_nixl": references.measure_ray_nixl,
+        "gloo": references.measure_gloo,
+    },
+    "several GPUs": {
+        "copy_between_gpus": references.measure_peer_copy,
+        "nccl_broadcast": references.measure_nccl_broadcast,
+        "nccl_send": references.measure_nccl_send,
+    },
+}
 console = Console(stderr=True)
 
 
-def tensors_of(case: str) -> dict[str, torch.Tensor]:
-    """Random bf16 tensors of a case."""
-    return {name: torch.randn(shape).to(torch.bfloat16) for name, shape in CASES[case].shapes().items()}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What is synced from where to where.
+
+    Args:
+        case: whose tensors.
+        device: ``cpu`` or ``cuda``.
+        trainers: tensor-parallel trainer ranks.
+        engines: tensor-parallel ranks of one engine.
+        replicas: engines.
+        dtype: of the trainers' memory.
+        transport: of every link.
+    """
+
+    case: str
+    device: str
+    transport: str
+    trainers: int = 1
+    engines: int = 1
+    replicas: int = 1
+    dtype: str = "bfloat16"
+
+    def trainer_devices(self) -> list[str]:
+        """One a trainer rank."""
+        return [self._place(rank) for rank in range(self.trainers)]
+
+    def engine_gpus(self, replica: int) -> list[int]:
+        """One an engine rank, counted from the last GPU."""
+        first = replica * self.engines
+        return [(num_gpus() - 1 - rank) % num_gpus() for rank in range(first, first + self.engines)]
+
+    def _place(self, rank: int) -> str:
+        return self.device if self.device == "cpu" else f"cuda:{rank % num_gpus()}"
 
 
-class Trainer:
-    """One trainer rank that holds the whole model; an actor of its own process."""
+def num_gpus() -> int:
+    """GPUs of this machine; 1 where there is none, so that ranks can be counted."""
+    return max(torch.cuda.device_count(), 1)
 
-    def __init__(self, case: str) -> None:
-        self._tensors = tensors_of(case)
-        self._publisher: WeightPublisher | None = None
 
-    def attach(self, group: str) -> None:
-        """Offer every tensor."""
-        shards = tuple(
-            LocalShard(
-                spec=TensorSpec(name, tuple(data.shape), "bfloat16"),
-                region=Region.whole(tuple(data.shape)),
-                data=data,
-                owner=name,
+def measure_ours(setup: Setup, runs: int, mode: str) -> tuple[list[Sample], dict[str, Any]]:
+    """Publish, prepare, commit, as the driver sees them; and how memory grew from connect to the end."""
+    trainers = TrainerGroup(setup.case, setup.trainer_devices(), setup.dtype)
+    trainer_bytes = trainers.memory_bytes()
+    trainers.attach("benchmark")
+    samples = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(trainers.close)
+        urls = [stack.enter_context(engine_process(setup, replica)) for replica in range(setup.replicas)]
+        started = time.perf_counter()
+        sync = stack.enter_context(
+            WeightSync.connect(
+                "benchmark", engines=urls, transport=setup.transport, mode=mode, timeout_s=TIMEOUT_S
             )
-            for name, data in self._tensors.items()
         )
-
-        def locate() -> tuple[int, ...]:
-            return tuple(data.data_ptr() for data in self._tensors.values())
-
-        local = LocalShards(rank=0, world_size=1, shards=shards, locate=locate)
-        self._publisher = WeightPublisher.attach(group, local)
-
-    def step_and_publish(self, version: int) -> float:
-        """Change every tensor and publish; returns the seconds that ``publish`` took."""
-        if self._publisher is None:
-            raise RuntimeError("attach first")
-        for data in self._tensors.values():
-            data.add_(0.01)
-        started = time.perf_counter()
-        self._publisher.publish(version)
-        return time.perf_counter() - started
-
-    def rss_bytes(self) -> int:
-        """Resident memory of this process."""
-        return int(psutil.Process().memory_info().rss)
-
-    def put_in_plasma(self) -> tuple[float, list[ray.ObjectRef[Any]]]:
-        """Put every tensor as a numpy array; returns when it began, by the system clock."""
-        started = time.time()
-        return started, [ray.put(data.view(torch.int16).numpy()) for data in self._tensors.values()]
-
-
-class PlasmaReader:
-    """Gets numpy arrays and copies them into tensors of its own."""
-
-    def __init__(self, case: str) -> None:
-        self._tensors = tensors_of(case)
-
-    def read(self, refs: list[ray.ObjectRef[Any]]) -> float:
-        """Get and copy; returns when it ended, by the system clock."""
-        for data, array in zip(self._tensors.values(), ray.get(refs, timeout=TIMEOUT_S), strict=True):
-            data.view(torch.int16).numpy()[...] = array
-        return time.time()
-
-
-def start(cls: type, case: str) -> Any:
-    """An actor that takes no slot of the cluster."""
-    return ray.remote(cls).options(num_cpus=0).remote(case)
-
-
-def measure_copy(case: str, runs: int) -> list[Sample]:
-    """The limit: every tensor copied once, inside one process."""
-    sources = tensors_of(case)
-    targets = {name: torch.zeros_like(data) for name, data in sources.items()}
-    samples = []
-    for _ in range(runs):
-        started = time.perf_counter()
-        for name, target in targets.items():
-            target.copy_(sources[name])
-        samples.append({"end_to_end": time.perf_counter() - started})
-    return samples
-
-
-def measure_ours(case: str, runs: int) -> tuple[list[Sample], dict[str, float]]:
-    """Publish, prepare, commit, as the driver sees them; also how far both sides' memory grew."""
-    trainer = start(Trainer, case)
-    ray.get(trainer.attach.remote("benchmark"), timeout=TIMEOUT_S)
-    samples = []
-    with engine_process(case) as url, WeightSync.connect("benchmark", engines=[url]) as sync:
-        landing = sum(rank["landing_nbytes"] for ranks in sync.engines.values() for rank in ranks)
-        before: tuple[int, int] | None = None
+        ranks = [rank for of_engine in sync.engines.values() for rank in of_engine]
+        facts: dict[str, Any] = {
+            "mode": sorted({rank["mode"] for rank in ranks}),
+            "connect_s": round(time.perf_counter() - started, 3),
+            "num_reads": [rank["num_reads"] for rank in ranks],
+            "read_bytes": [rank["read_nbytes"] for rank in ranks],
+            "landing_bytes": [rank["landing_nbytes"] for rank in ranks],
+            "syncs": runs,
+        }
+        engine_bytes = 0
         for version in range(1, runs + 1):
-            publish_s = ray.get(trainer.step_and_publish.remote(version), timeout=TIMEOUT_S)
+            publish_s = trainers.step_and_publish(version)
+            began = time.perf_counter()
             report = sync.update(version=version)
+            update_s = time.perf_counter() - began
             if version == WARM_UP:
-                before = rss_of(trainer, url)
+                engine_bytes = sum(map(memory_of, urls))
             samples.append(
                 {
                     "publish": publish_s,
-                    "prepare": report.ranks[0].prepare_s,
+                    "publish_wait": report.publish_wait_s,
+                    "prepare": report.prepare_s,
+                    "read": max(rank.prepare_s for rank in report.ranks),
                     "commit": report.commit_s,
                     "stall": report.stall_s,
-                    "end_to_end": publish_s + report.total_s,
+                    "end_to_end": publish_s + update_s,
                 }
             )
-        after = rss_of(trainer, url)
+        facts["trainer_growth_bytes"] = trainers.memory_bytes() - trainer_bytes
+        facts["engine_growth_bytes"] = sum(map(memory_of, urls)) - engine_bytes
         if not sync.verify().bytes_equal:
             raise SystemExit("the engine's bytes differ from the trainer's")
-    ray.kill(trainer)
-    first = before or after
-    memory = {
-        "trainer_rss_growth_percent": 100 * (after[0] - first[0]) / first[0],
-        "engine_rss_growth_percent": 100 * (after[1] - first[1]) / first[1],
-        "landing_bytes": float(landing),
-        "syncs": float(runs),
-    }
-    return samples, memory
+        facts["bytes_equal"] = True
+    return samples, facts
 
 
-def rss_of(trainer: Any, url: str) -> tuple[int, int]:
-    """Resident bytes of the trainer and the engine process."""
-    engine = httpx.get(f"{url}/rss", timeout=TIMEOUT_S).json()["rss_bytes"]
-    return ray.get(trainer.rss_bytes.remote(), timeout=TIMEOUT_S), engine
-
-
-def measure_plasma(case: str, runs: int) -> list[Sample]:
-    """numpy arrays through Ray's object store, put on one side, got and copied on the other."""
-    trainer, reader = start(Trainer, case), start(PlasmaReader, case)
-    samples = []
-    for _ in range(runs):
-        started, refs = ray.get(trainer.put_in_plasma.remote(), timeout=TIMEOUT_S)
-        ended = ray.get(reader.read.remote(refs), timeout=TIMEOUT_S)
-        samples.append({"end_to_end": ended - started})
-    ray.kill(trainer)
-    ray.kill(reader)
-    return samples
-
-
-def measure_gloo(case: str, runs: int) -> list[Sample]:
-    """``torch.distributed.broadcast`` of every tensor between two processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            str(HERE / "gloo.py"),
-            "--case",
-            case,
-            "--runs",
-            str(runs),
-            "--folder",
-            folder,
-        ]
-        reader = subprocess.Popen([*command, "--rank", "1"])
-        try:
-            done = subprocess.run(
-                [*command, "--rank", "0"], capture_output=True, text=True, timeout=2 * TIMEOUT_S, check=True
-            )
-        finally:
-            reader.kill()
-            reader.wait(TIMEOUT_S)
-    return [{"end_to_end": seconds} for seconds in json.loads(done.stdout.splitlines()[-1])]
-
-
-def measure_safetensors(case: str, runs: int) -> list[Sample]:
-    """Save to a file, load it, copy into parameters."""
-    from safetensors.torch import load_file, save_file  # noqa: PLC0415
-
-    sources = tensors_of(case)
-    targets = {name: torch.zeros_like(data) for name, data in sources.items()}
-    samples = []
-    with tempfile.TemporaryDirectory(dir=HERE) as folder:
-        for _ in range(runs):
-            started = time.perf_counter()
-            save_file(sources, f"{folder}/model.safetensors")
-            for name, data in load_file(f"{folder}/model.safetensors").items():
-                targets[name].copy_(data)
-            samples.append({"end_to_end": time.perf_counter() - started})
-    return samples
+def memory_of(url: str) -> int:
+    """What an engine process holds on its device."""
+    return int(httpx.get(f"{url}/memory", timeout=TIMEOUT_S).json()["bytes"])
 
 
 class engine_process:  # noqa: N801  reads as a function where it is used
     """An engine process on a free port, as a context manager that yields its URL."""
 
-    def __init__(self, case: str) -> None:
+    def __init__(self, setup: Setup, replica: int) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self._url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, str(HERE / "engine_process.py"), "--case", case, "--port", str(port)]
+        command = [sys.executable, str(HERE / "engine_process.py"), "--case", setup.case, "--port", str(port)]
+        command += ["--device", setup.device, "--gpus", ",".join(map(str, setup.engine_gpus(replica)))]
         self._process = subprocess.Popen(command)
 
     def __enter__(self) -> str:
         deadline = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
-                httpx.get(f"{self._url}/rss", timeout=5)
+                httpx.get(f"{self._url}/memory", timeout=5)
             except httpx.HTTPError:
                 time.sleep(0.1)
             else:
@@ -247,6 +193,27 @@ class engine_process:  # noqa: N801  reads as a function where it is used
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait(TIMEOUT_S)
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[None]:
+    """A Ray cluster of this benchmark's own, which leaves the choice of GPUs to the processes."""
+    os.environ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
+    with tempfile.TemporaryDirectory(prefix="rdt", dir="/tmp") as temp_dir:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            namespace="rdt",
+            object_store_memory=4 * 2**30,
+            runtime_env={"env_vars": {"PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}"}},
+            _temp_dir=temp_dir,
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def rows_of(path: str, samples: list[Sample]) -> Iterator[dict[str, Any]]:
@@ -267,10 +234,12 @@ def rows_of(path: str, samples: list[Sample]) -> Iterator[dict[str, Any]]:
 def machine() -> dict[str, Any]:
     """What the numbers depend on."""
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "cpu": model[0].partition(":")[2].strip() if model else platform.processor(),
         "num_cpus": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus,
         "kernel": platform.release(),
         "load_average": os.getloadavg(),
     }
@@ -278,13 +247,16 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what takes part."""
-    found = {name: importlib.metadata.version(name) for name in ("torch", "ray", "nixl", "safetensors")}
-    return {"python": platform.python_version(), "rdt-core": importlib.metadata.version("rdt-core"), **found}
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("rdt-core", "ray", "nixl", "safetensors"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def show(result: dict[str, Any]) -> None:
     """Print the table."""
-    limit = next(r["median_ms"] for r in result["results"] if r["path"] == "copy_in_process")
+    limit = next((r["median_ms"] for r in result["results"] if r["path"] == "copy_in_process"), None)
     table = Table(
         title=f"{result['case']}: {result['nbytes'] / 1e6:.0f} MB in {result['num_tensors']} tensors"
     )
@@ -292,68 +264,84 @@ def show(result: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column in ("path", "phase") else "right")
     for row in result["results"]:
         median = row["median_ms"]
-        moves = row["phase"] in ("end_to_end", "prepare", "commit")
+        moves = row["phase"] in ("end_to_end", "read", "commit") and median > 0
         table.add_row(
             row["path"],
             row["phase"],
             f"{median:.2f}",
             f"{row['min_ms']:.2f}",
             f"{row['max_ms']:.2f}",
-            f"{median / limit:.2f}",
+            f"{median / limit:.2f}" if limit else "",
             f"{result['nbytes'] / median / 1e6:.2f}" if moves else "",
         )
-    Console().print(table)
-    if "memory" in result:
-        Console().print(result["memory"])
+    Console(width=110).print(table)
+    for name, facts in result.get("facts", {}).items():
+        print(name, facts)
 
 
-def main() -> None:
-    """Run every path and print, and write, what came out."""
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--case", choices=sorted(CASES), default="smollm2")
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--trainers", type=int, default=1, help="tensor-parallel trainer ranks")
+    parser.add_argument("--engines", type=int, default=1, help="tensor-parallel ranks of each engine")
+    parser.add_argument("--replicas", type=int, default=1, help="engines")
+    parser.add_argument("--dtype", default="bfloat16", help="of the trainers' memory")
+    parser.add_argument("--transport", help="by default cuda_ipc on CUDA, nixl on CPU")
+    parser.add_argument("--modes", default="staged,inplace", help="by comma")
+    parser.add_argument("--paths", help="reference paths to run beside ours, by comma; by default all")
     parser.add_argument("--runs", type=int, default=20, help="counted runs of each path, after warm-up")
     parser.add_argument("--json", type=Path, help="also write the result here")
-    args = parser.parse_args()
-    runs = args.runs + WARM_UP
-    shapes = CASES[args.case].shapes()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run every path and print, and write, what came out."""
+    args = parse_arguments()
+    setup = Setup(
+        case=args.case,
+        device=args.device,
+        transport=args.transport or ("cuda_ipc" if args.device == "cuda" else "nixl"),
+        trainers=args.trainers,
+        engines=args.engines,
+        replicas=args.replicas,
+        dtype=args.dtype,
+    )
+    available = dict(REFERENCES[args.device])
+    if args.device == "cuda" and num_gpus() > 1:
+        available |= REFERENCES["several GPUs"]
+    wanted = list(available) if args.paths is None else [path for path in args.paths.split(",") if path]
     result: dict[str, Any] = {
         "case": args.case,
+        "command": " ".join(sys.argv[1:]),
         "machine": machine(),
         "versions": versions(),
-        "nbytes": sum(2 * torch.Size(shape).numel() for shape in shapes.values()),
-        "num_tensors": len(shapes),
+        "nbytes": num_bytes(args.case),
+        "num_tensors": len(CASES[args.case].shapes()),
         "results": [],
+        "facts": {},
     }
-    others: dict[str, Callable[[str, int], list[Sample]]] = {
-        "ray_plasma": measure_plasma,
-        "gloo": measure_gloo,
-        "safetensors": measure_safetensors,
-    }
-    with tempfile.TemporaryDirectory(prefix="rdt", dir="/tmp") as temp_dir:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            namespace="rdt",
-            object_store_memory=4 * 2**30,
-            _temp_dir=temp_dir,
-        )
-        try:
-            result["results"] += rows_of("copy_in_process", measure_copy(args.case, runs))
-            samples, result["memory"] = measure_ours(args.case, runs)
-            result["results"] += rows_of("ours", samples)
-            for path in track(others, description="other paths", console=console):
-                result["results"] += rows_of(path, others[path](args.case, runs))
-        finally:
-            ray.shutdown()
+    with ray_cluster():
+        for mode in filter(None, args.modes.split(",")):
+            name = "ours" if mode == "staged" else f"ours_{mode}"
+            samples, result["facts"][name] = measure_ours(setup, args.runs + WARM_UP, mode)
+            result["results"] += rows_of(name, samples)
+        devices = setup.trainer_devices()[0], place_engine(setup)
+        for path in wanted:
+            console.print(path)
+            result["results"] += rows_of(path, available[path](args.case, args.runs + WARM_UP, devices))
     show(result)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def place_engine(setup: Setup) -> str:
+    """The device of the first engine rank, as a process that sees every GPU names it."""
+    return setup.device if setup.device == "cpu" else f"cuda:{setup.engine_gpus(0)[0]}"
 
 
 if __name__ == "__main__":

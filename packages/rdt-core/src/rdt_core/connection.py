@@ -19,6 +19,7 @@ from rdt_core.landing import RELOAD_PREFIX, Landing, engine_manifest, make_landi
 from rdt_core.links import LinkPlan, OpenLinks, Reader, open_links
 from rdt_core.mode import AUTO, INPLACE, choose_mode
 from rdt_core.planner import ReadCost, build_plan
+from rdt_core.reader_thread import ReaderThread
 from rdt_core.wire import manifest_from_bytes
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Connection:
     mode: str
     landing: Landing
     links: OpenLinks
+    reader: ReaderThread
     lock: threading.Lock = field(default_factory=threading.Lock)
     read_s: float = 0.0
     read_started_unix_s: float = 0.0
@@ -128,6 +130,7 @@ class Connection:
     def close(self) -> None:
         """Close the links, now or when the read that is under way ends. Idempotent; waits for no read."""
         self.is_closed = True
+        self.reader.close()
         self.close_when_idle()
 
     def close_when_idle(self) -> None:
@@ -205,6 +208,7 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
         mode=mode,
         landing=landing,
         links=_open_links(request, client, model, manifests, plan, landing),
+        reader=ReaderThread(f"rdt-reader-{model.rank}"),
     )
 
 

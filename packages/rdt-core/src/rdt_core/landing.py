@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rdt_core.batched_copy import copy_all
 from rdt_core.describe import typed_view
 from rdt_core.dtypes import itemsize_bytes
 from rdt_core.layout import row_major_strides
+from rdt_core.local_copies import LocalCopies
 from rdt_core.manifest import Manifest, Shard, Window
 from rdt_core.plan import DirectRead
 from rdt_core.region import Region
@@ -33,16 +33,16 @@ class Landing:
     Args:
         buffer: flat uint8 memory that the reads fill.
         reload_buffers: whole checkpoint tensors for the engine's own loader, by name.
-        to_reload: (target, source) views, from the buffer into the reload buffers.
-        to_parameters: (target, source) views, from the buffer into live parameters.
+        to_reload: copies from the buffer into the reload buffers.
+        to_parameters: copies from the buffer into live parameters.
         windows: by name, flat uint8 views that direct reads land in.
         fills: (target, value), constants that the engine's loader writes beside what it copies.
     """
 
     buffer: torch.Tensor
     reload_buffers: Mapping[str, torch.Tensor]
-    to_reload: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    to_parameters: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    to_reload: LocalCopies
+    to_parameters: LocalCopies
     windows: Mapping[str, torch.Tensor]
     fills: tuple[tuple[torch.Tensor, float], ...] = ()
 
@@ -63,11 +63,11 @@ class Landing:
 
     def fill_reload_buffers(self) -> None:
         """Assemble the tensors for the engine's loader. Touches no parameter."""
-        copy_all(self.to_reload)
+        self.to_reload.run()
 
     def fill_parameters(self) -> None:
         """Copy every region that landed beside its parameter into it, and set what the loader fills."""
-        copy_all(self.to_parameters)
+        self.to_parameters.run()
         with torch.no_grad():
             for target, value in self.fills:
                 target.fill_(value)
@@ -127,7 +127,7 @@ def make_landing(
         (typed_view(windows[f.window], f.dtype, f.shape, f.offset_bytes, f.stride_bytes), f.value)
         for f in recording.fills
     )
-    return Landing(buffer, reload_buffers, tuple(to_reload), tuple(to_parameters), windows, fills)
+    return Landing(buffer, reload_buffers, LocalCopies(to_reload), LocalCopies(to_parameters), windows, fills)
 
 
 def _reload_shard(spec: TensorSpec) -> Shard:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +154,7 @@ class WeightSubscriber:
                 outcome = Outcome(error=RdtError(f"reading failed: {type(error).__name__}: {error}"))
             self._report(connection, attempt, outcome)
 
-        threading.Thread(target=read, name=f"rdt-reader-{self._model.rank}", daemon=True).start()
+        connection.reader.start(read)
 
     def _read(
         self, connection: Connection, attempt: int, version: int, timeout_s: float, verify: str | None

@@ -17,8 +17,8 @@ from rdt_core.transports.cuda_driver import Kernel
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-CHUNK_BYTES = 1 << 16
-_NUM_THREADS = 256
+CHUNK_BYTES = 1 << 15
+_NUM_THREADS = 512
 
 SOURCE = r"""
 template <typename Word>

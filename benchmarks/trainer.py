@@ -1,0 +1,122 @@
+"""A trainer rank for benchmarks: a Ray actor that holds its part of a case in one device's memory."""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import Any
+
+import psutil
+import ray
+import torch
+from cases import CASES, dim_of, region_of
+
+from rdt_core import LocalShard, LocalShards, TensorSpec, WeightPublisher
+
+TIMEOUT_S = 300.0
+
+
+class Trainer:
+    """One trainer rank.
+
+    Args:
+        case: whose tensors it holds.
+        device: where.
+        rank: tensor-parallel, of ``size``.
+        size: how many there are.
+        dtype: of its memory.
+    """
+
+    def __init__(self, case: str, device: str, rank: int = 0, size: int = 1, dtype: str = "bfloat16") -> None:
+        self._rank, self._size, self._dtype, self._device = rank, size, dtype, torch.device(device)
+        self._shapes = CASES[case].shapes()
+        self._regions = {name: region_of(name, shape, rank, size) for name, shape in self._shapes.items()}
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        self.tensors = {
+            name: self._make(name, index, region.shape)
+            for index, (name, region) in enumerate(self._regions.items())
+        }
+        self._publisher: WeightPublisher | None = None
+
+    def _make(self, name: str, index: int, shape: tuple[int, ...]) -> torch.Tensor:
+        # What every rank holds is alike in all, what is cut differs.
+        torch.manual_seed(index if dim_of(name) is None else index + 100_003 * (1 + self._rank))
+        return torch.randn(shape, device=self._device, dtype=getattr(torch, self._dtype))
+
+    def attach(self, group: str) -> None:
+        """Offer every tensor."""
+        shards = tuple(
+            LocalShard(
+                spec=TensorSpec(name, self._shapes[name], self._dtype),
+                region=self._regions[name],
+                data=data,
+                owner=name,
+            )
+            for name, data in self.tensors.items()
+        )
+
+        def locate() -> tuple[int, ...]:
+            return tuple(data.data_ptr() for data in self.tensors.values())
+
+        local = LocalShards(rank=self._rank, world_size=self._size, shards=shards, locate=locate)
+        self._publisher = WeightPublisher.attach(group, local)
+        # What this process made so far stays: the collector need not walk it during a publish.
+        gc.collect()
+        gc.freeze()
+
+    def step_and_publish(self, version: int) -> float:
+        """Change every tensor and publish; returns the seconds that ``publish`` took."""
+        if self._publisher is None:
+            raise RuntimeError("attach first")
+        torch._foreach_mul_(list(self.tensors.values()), 0.99)
+        self.synchronize()
+        started = time.perf_counter()
+        self._publisher.publish(version)
+        return time.perf_counter() - started
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def memory_bytes(self) -> int:
+        """What this process holds on its device: resident memory on CPU, torch's segments on CUDA."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.memory_reserved(self._device))
+        return int(psutil.Process().memory_info().rss)
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self._publisher is not None:
+            self._publisher.close()
+
+
+class TrainerGroup:
+    """All trainer ranks of a case, seen from the driver."""
+
+    def __init__(self, case: str, devices: list[str], dtype: str = "bfloat16") -> None:
+        size = len(devices)
+        make = ray.remote(Trainer).options(num_cpus=0)
+        self._actors: list[Any] = [
+            make.remote(case, device, rank, size, dtype) for rank, device in enumerate(devices)
+        ]
+
+    def attach(self, group: str) -> None:
+        """Every rank offers its tensors."""
+        ray.get([actor.attach.remote(group) for actor in self._actors], timeout=TIMEOUT_S)
+
+    def step_and_publish(self, version: int) -> float:
+        """Every rank changes its tensors and publishes; the longest publish, in seconds."""
+        published = [actor.step_and_publish.remote(version) for actor in self._actors]
+        return float(max(ray.get(published, timeout=TIMEOUT_S)))
+
+    def memory_bytes(self) -> int:
+        """Of all ranks together."""
+        return int(sum(ray.get([actor.memory_bytes.remote() for actor in self._actors], timeout=TIMEOUT_S)))
+
+    def close(self) -> None:
+        """Leave, and end the processes."""
+        ray.get([actor.close.remote() for actor in self._actors], timeout=TIMEOUT_S)
+        for actor in self._actors:
+            ray.kill(actor)
