@@ -99,6 +99,11 @@ class Environment:
         return ENVIRONMENTS / self.session
 
     @property
+    def python_path(self) -> Path:
+        """Its interpreter."""
+        return self.folder / "bin" / "python"
+
+    @property
     def stamp(self) -> Path:
         """Where the fingerprint lies once the environment is complete."""
         return self.folder / "rdt-fingerprint"
@@ -230,7 +235,7 @@ def run_in(
     """Run this environment's Python. After Ctrl-C the command has ``patience_s`` seconds to clean up."""
     folder = environment.folder
     session.run(
-        str(folder / "bin" / "python"),
+        str(environment.python_path),
         *arguments,
         external=True,
         interrupt_timeout=patience_s,
@@ -330,19 +335,25 @@ def integration_megatron_latest(session: nox.Session) -> None:
     run_in(session, MEGATRON_LATEST, "-m", "pytest", "tests/megatron", "-m", "not cuda", *session.posargs)
 
 
-@nox.session(name="e2e-vllm", venv_backend="none", requires=["env-vllm"])
+@nox.session(name="e2e-vllm", venv_backend="none", requires=["env-vllm", "env-megatron"])
 def e2e_vllm(session: nox.Session) -> None:
     """Sync weights into real vLLM servers on the CPU, and compare every byte."""
-    tests = ("tests/e2e/vllm", "tests/e2e/vllm_families")
-    run_in(session, VLLM, "-m", "pytest", *tests, "-m", "not cuda", *session.posargs, patience_s=30)
+    run_in(
+        session,
+        VLLM,
+        *("-m", "pytest", "tests/e2e/vllm", "tests/e2e/vllm_families", "-m", "not cuda", *session.posargs),
+        patience_s=30,
+        env={"RDT_MEGATRON_PYTHON": str(MEGATRON.python_path)},
+    )
 
 
-@nox.session(name="e2e-sglang", venv_backend="none", requires=["env-sglang"])
+@nox.session(name="e2e-sglang", venv_backend="none", requires=["env-sglang", "env-megatron"])
 def e2e_sglang(session: nox.Session) -> None:
     """Sync weights into real SGLang servers on the CPU, and compare every byte."""
     tests = ("tests/e2e/sglang", "tests/e2e/sglang_families")
     # SGLang compiles nothing on a CPU, and a server takes its time to start on a small machine.
     env = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTEST_TIMEOUT": "600"}
+    env["RDT_MEGATRON_PYTHON"] = str(MEGATRON.python_path)
     run_in(
         session, SGLANG, "-m", "pytest", *tests, "-m", "not cuda", *session.posargs, patience_s=30, env=env
     )

@@ -1,7 +1,7 @@
 """A world of real processes that run named cases together, and stop when a test says so.
 
 In the test process: :class:`RankWorld`. In each rank: this file run as a program, which joins a gloo group
-and then runs the case named on every line of its standard input.
+and then runs the case, with its arguments, of every line of its standard input.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import threading
 import time
 import traceback
 from datetime import timedelta
-from typing import IO, TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, Any
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+_ROOT = Path(__file__).parents[2]
 _COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 _STOP_TIMEOUT_S = 5.0
 
@@ -32,16 +31,22 @@ class RankWorld:
         num_ranks: how many.
         cases: full name of a module; its functions are the cases.
         directory: for the rendezvous file and the ranks' logs.
+        python: interpreter of the ranks, which may belong to another environment than the tests'.
     """
 
-    def __init__(self, num_ranks: int, cases: str, directory: Path) -> None:
-        self._num_ranks, self._cases, self._directory = num_ranks, cases, directory
+    def __init__(self, num_ranks: int, cases: str, directory: Path, *, python: str = sys.executable) -> None:
+        self._num_ranks, self._cases, self._directory, self._python = num_ranks, cases, directory, python
         self._num_starts = 0
         self._processes: list[subprocess.Popen[str]] = []
         self._answers: list[queue.Queue[str | None]] = []
 
-    def run(self, case: str, timeout_s: float = 120.0) -> list[Any]:
+    def run(self, case: str, *arguments: object, timeout_s: float = 200.0) -> list[Any]:
         """What the case returned in each rank, by rank. Blocks until all have answered.
+
+        Args:
+            case: name of a function of the cases' module.
+            arguments: plain values for it.
+            timeout_s: for all ranks together.
 
         Raises:
             AssertionError: a rank failed, ended or did not answer in time. The world is stopped, and the next
@@ -52,7 +57,7 @@ class RankWorld:
         deadline = time.monotonic() + timeout_s
         try:
             for process in self._processes:
-                _pipe(process.stdin).write(case + "\n")
+                _pipe(process.stdin).write(json.dumps([case, *arguments]) + "\n")
                 _pipe(process.stdin).flush()
             return [self._answer(rank, case, deadline) for rank in range(self._num_ranks)]
         except BaseException:
@@ -71,13 +76,14 @@ class RankWorld:
     def _start(self) -> None:
         self._num_starts += 1
         rendezvous = self._directory / f"rendezvous-{self._num_starts}"
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         for rank in range(self._num_ranks):
             with self._log(rank).open("w") as log:
                 process = subprocess.Popen(
                     [
-                        sys.executable,
+                        self._python,
                         "-m",
                         __name__,
                         self._cases,
@@ -145,7 +151,8 @@ def serve(cases: str, rank: int, world_size: int, rendezvous: str) -> None:
     module = importlib.import_module(cases)
     for line in sys.stdin:
         try:
-            answer = {"result": getattr(module, line.strip())()}
+            case, *arguments = json.loads(line)
+            answer = {"result": getattr(module, case)(*arguments)}
         except Exception:  # noqa: BLE001  # the test process reports it
             answer = {"failure": traceback.format_exc()}
         answers.write(json.dumps(answer) + "\n")

@@ -23,6 +23,7 @@ class Configuration:
         overlap_param_gather: whether the gather of parameters is put off to the next forward.
         dtype: of the parameters.
         has_biases: whether every linear layer has a bias.
+        float32_routers: whether routers stay in float32 beside bfloat16.
         runs: whether the model can compute here; otherwise it is described and loaded, and no more.
     """
 
@@ -44,7 +45,25 @@ class Configuration:
     overlap_param_gather: bool = False
     dtype: str = "float32"
     has_biases: bool = False
+    float32_routers: bool = False
     runs: bool = True
+
+    @property
+    def compares_logits(self) -> bool:
+        """Whether both models compute the same to rounding."""
+        return self.runs and self.dtype == "float32"
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether every region lies row by row in the trainer's memory."""
+        return self.experts != "stacked"
+
+    @property
+    def proof(self) -> str:
+        """What the test compares, for the documentation."""
+        if self.compares_logits:
+            return "logits to 1e-5, before and after 3 steps"
+        return "tensors load" + (", views stay live over 3 steps" if self.runs else "; not trained")
 
 
 def _c(family: str, num_ranks: int, **rest: object) -> Configuration:
@@ -75,6 +94,9 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "DP2, distributed optimizer": _c("qwen3", 2, distributed_optimizer=True),
     "DP2, distributed optimizer, overlapped gather": _c(
         "qwen3", 2, distributed_optimizer=True, overlap_param_gather=True
+    ),
+    "DP2, bfloat16, float32 routers": _c(
+        "deepseek_v3", 2, distributed_optimizer=True, dtype="bfloat16", float32_routers=True
     ),
     # Attention over a sequence that is cut needs Transformer Engine.
     "CP2, distributed optimizer": _c("llama", 2, cp=2, distributed_optimizer=True, runs=False),

@@ -167,6 +167,9 @@ def start_trainer(c: Configuration, hf: Any) -> Trainer:
 
 def _wrap(config: Any, chunk: Any, c: Configuration, *, is_first: bool) -> Any:
     inner = Float16Module(config, chunk) if c.dtype == "bfloat16" else chunk
+    if c.float32_routers:
+        for name, parameter in inner.named_parameters():
+            parameter.data = parameter.data.float() if name.endswith("router.weight") else parameter.data
     return DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
@@ -233,6 +236,7 @@ def _expert_settings(c: Configuration, hf: Any) -> dict[str, Any]:
     common = {
         "moe_router_topk": getattr(hf, "num_experts_per_tok", None),
         "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": c.experts == "stacked",
         "moe_use_legacy_grouped_gemm": c.experts == "stacked",

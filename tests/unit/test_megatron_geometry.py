@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rdt_core.coverage import find_overlap, find_uncovered
 from rdt_core.region import Region
-from rdt_megatron.geometry import Axis, Coordinate, ParameterShapeError, Sizes, pieces_of
+from rdt_megatron.geometry import Axis, Coordinate, ParameterShapeError, Sizes, pieces_of, tensor_name
 from rdt_megatron.rules import Fused, Match, Rule, Split, StackedExperts, Vocabulary, Whole
 
 if TYPE_CHECKING:
@@ -26,30 +26,35 @@ small = st.integers(1, 4)
 SIZES = Sizes(vocab=10, is_tied=False, num_heads=4, num_query_groups=2, head_dim=2)
 
 
-def elements_of(piece: Piece) -> Iterator[tuple[int, Element]]:
+def named_pieces(rule: Rule, shape: tuple[int, ...], at: Coordinate, sizes: Sizes) -> list[tuple[str, Piece]]:
+    match = Match(rule, None, None)
+    return [(tensor_name(piece, match, at, sizes), piece) for piece in pieces_of(rule, shape, at, sizes)]
+
+
+def elements_of(tensor: str, piece: Piece) -> Iterator[tuple[int, Element]]:
     """Every element of a piece: its place in the parameter, and its tensor and index."""
     for index in itertools.product(*(range(n) for n in piece.region.shape)):
         place = piece.offset + sum(i * stride for i, stride in zip(index, piece.strides, strict=True))
         where = tuple(a + i for a, i in zip(piece.region.start, index, strict=True))
-        yield place, (piece.tensor, where)
+        yield place, (tensor, where)
 
 
 def held_by(rule: Rule, shape: tuple[int, ...], at: Coordinate, sizes: Sizes) -> dict[int, Element]:
     held: dict[int, Element] = {}
-    for piece in pieces_of(Match(rule, 3, None), shape, at, sizes):
-        for place, element in elements_of(piece):
+    for tensor, piece in named_pieces(rule, shape, at, sizes):
+        for place, element in elements_of(tensor, piece):
             assert place not in held, "two elements of tensors share one of the parameter"
             held[place] = element
     return held
 
 
-def assert_covers(pieces: list[Piece]) -> None:
+def assert_covers(pieces: list[tuple[str, Piece]]) -> None:
     """All ranks together hold every tensor once."""
     shapes: dict[str, tuple[int, ...]] = {}
     regions: dict[str, list[Region]] = {}
-    for piece in pieces:
-        assert shapes.setdefault(piece.tensor, piece.shape) == piece.shape
-        regions.setdefault(piece.tensor, []).append(piece.region)
+    for tensor, piece in pieces:
+        assert shapes.setdefault(tensor, piece.shape) == piece.shape
+        regions.setdefault(tensor, []).append(piece.region)
     for tensor, shape in shapes.items():
         assert find_overlap(sorted(regions[tensor], key=lambda region: region.start)) is None
         assert find_uncovered(Region.whole(shape), regions[tensor]) is None
@@ -79,14 +84,14 @@ def test_heads_are_grouped_before_rows_are_cut_also_where_ranks_outnumber_groups
         return
     sizes = replace(SIZES, num_heads=groups * heads_per_group, num_query_groups=groups, head_dim=head_dim)
     rule = Fused("p", into=("q", "k", "v"), interleave="by_query_group")
-    pieces: list[Piece] = []
+    pieces: list[tuple[str, Piece]] = []
     for rank in range(num_ranks):
         own = rows[rank * num_local : (rank + 1) * num_local]
         shape = (num_local,) if columns is None else (num_local, columns)
         ends = [()] if columns is None else [(column,) for column in range(columns)]
         expected = enumerate((name, (row, *end)) for name, row in own for end in ends)
         assert held_by(rule, shape, at_tp(rank, num_ranks), sizes) == dict(expected)
-        pieces += pieces_of(Match(rule, None, None), shape, at_tp(rank, num_ranks), sizes)
+        pieces += named_pieces(rule, shape, at_tp(rank, num_ranks), sizes)
     assert_covers(pieces)
 
 
@@ -96,13 +101,13 @@ def test_a_rank_holds_an_equal_part_of_every_fused_tensor(
 ) -> None:
     names = tuple("abcd"[:num_tensors])
     rule = Fused("p", into=names)
-    pieces: list[Piece] = []
+    pieces: list[tuple[str, Piece]] = []
     for rank in range(num_ranks):
         labels = [(name, rank * num_rows + row) for name in names for row in range(num_rows)]
         expected = [(name, (row, column)) for name, row in labels for column in range(columns)]
         shape = (num_rows * num_tensors, columns)
         assert held_by(rule, shape, at_tp(rank, num_ranks), SIZES) == dict(enumerate(expected))
-        pieces += pieces_of(Match(rule, None, None), shape, at_tp(rank, num_ranks), SIZES)
+        pieces += named_pieces(rule, shape, at_tp(rank, num_ranks), SIZES)
     assert_covers(pieces)
 
 
@@ -113,12 +118,14 @@ def test_a_split_parameter_is_one_block_of_its_dim(shape: list[int], dim: int, n
     pieces = [
         piece
         for rank in range(num_ranks)
-        for piece in pieces_of(Match(rule, None, None), tuple(shape), at_tp(rank, num_ranks), SIZES)
+        for piece in named_pieces(rule, tuple(shape), at_tp(rank, num_ranks), SIZES)
     ]
-    assert [piece.region.start[dim] for piece in pieces] == [rank * shape[dim] for rank in range(num_ranks)]
+    assert [piece.region.start[dim] for _, piece in pieces] == [
+        rank * shape[dim] for rank in range(num_ranks)
+    ]
     assert_covers(pieces)
-    for piece in pieces:
-        assert [place for place, _ in elements_of(piece)] == list(range(math.prod(shape)))
+    for tensor, piece in pieces:
+        assert [place for place, _ in elements_of(tensor, piece)] == list(range(math.prod(shape)))
 
 
 @given(vocab=st.integers(1, 40), rows=st.integers(1, 20), num_ranks=small)
@@ -126,7 +133,7 @@ def test_padding_of_the_vocabulary_belongs_to_no_tensor(vocab: int, rows: int, n
     sizes, rule = replace(SIZES, vocab=vocab), Vocabulary("p", "t")
     if rows * num_ranks < vocab:
         with pytest.raises(ParameterShapeError, match=f"vocabulary of {vocab}"):
-            list(pieces_of(Match(rule, None, None), (rows, 2), at_tp(0, num_ranks), sizes))
+            list(pieces_of(rule, (rows, 2), at_tp(0, num_ranks), sizes))
         return
     held = [held_by(rule, (rows, 2), at_tp(rank, num_ranks), sizes) for rank in range(num_ranks)]
     flat = [
@@ -143,7 +150,7 @@ def test_stacked_experts_are_transposed_matrices_one_behind_the_other(
     sizes = replace(SIZES, num_experts=num_local * num_ep)
     gate_up = StackedExperts("p", into=("g{expert}", "u{expert}"), stacked_dim=1)
     down = StackedExperts("p", into=("d{expert}",), stacked_dim=0)
-    pieces: list[Piece] = []
+    pieces: list[tuple[str, Piece]] = []
     for ep, etp in itertools.product(range(num_ep), range(num_etp)):
         at = Coordinate(etp=Axis(etp, num_etp), ep=Axis(ep, num_ep))
         experts = range(ep * num_local, (ep + 1) * num_local)
@@ -154,32 +161,31 @@ def test_stacked_experts_are_transposed_matrices_one_behind_the_other(
         assert held_by(gate_up, shapes[0], at, sizes) == dict(enumerate(first))
         assert held_by(down, shapes[1], at, sizes) == dict(enumerate(second))
         for rule, shape in zip((gate_up, down), shapes, strict=True):
-            pieces += pieces_of(Match(rule, None, None), shape, at, sizes)
+            pieces += named_pieces(rule, shape, at, sizes)
     assert_covers(pieces)
 
 
 def test_an_expert_is_counted_on_from_those_of_the_ranks_before() -> None:
     rule = Split("p{expert}", "layer {layer} expert {expert}", axis="etp")
     at = Coordinate(tp=Axis(1, 4), ep=Axis(2, 4), etp=Axis(0, 2))
-    (piece,) = pieces_of(Match(rule, 5, 1), (3, 2), at, replace(SIZES, num_experts=8))
-    assert piece.tensor == "layer 5 expert 5"
+    sizes = replace(SIZES, num_experts=8)
+    (piece,) = pieces_of(rule, (3, 2), at, sizes)
+    assert tensor_name(piece, Match(rule, 5, 1), at, sizes) == "layer 5 expert 5"
     assert piece.shape == (6, 2), "experts are cut along their own tensor-parallel axis"
 
 
 def test_an_output_that_is_tied_is_the_embedding() -> None:
     rule = Vocabulary("p", "head", tied_into="embedding")
     for is_tied, name in ((True, "embedding"), (False, "head")):
-        (piece,) = pieces_of(Match(rule, None, None), (12, 2), Coordinate(), replace(SIZES, is_tied=is_tied))
-        assert (piece.tensor, piece.shape) == (name, (10, 2))
+        (piece,) = pieces_of(rule, (12, 2), Coordinate(), replace(SIZES, is_tied=is_tied))
+        assert (piece.into, piece.shape) == (name, (10, 2))
 
 
 def test_a_projection_that_some_specs_repeat_is_told_from_a_split_one_by_its_size() -> None:
     rule = Split("p", "t", size="query_latent")
     sizes = replace(SIZES, query_latent=6)
     regions = [
-        str(piece.region)
-        for rows in (6, 3)
-        for piece in pieces_of(Match(rule, None, None), (rows, 2), at_tp(1, 2), sizes)
+        str(piece.region) for rows in (6, 3) for piece in pieces_of(rule, (rows, 2), at_tp(1, 2), sizes)
     ]
     assert regions == ["[0:6, 0:2]", "[3:6, 0:2]"]
 
@@ -198,13 +204,11 @@ def test_a_shape_that_the_rule_does_not_give_is_refused_with_numbers(
 ) -> None:
     sizes = replace(SIZES, key_value_latent=6, num_experts=8)
     with pytest.raises(ParameterShapeError, match=reason):
-        list(pieces_of(Match(rule, None, None), shape, at_tp(0, 2), sizes))
+        list(pieces_of(rule, shape, at_tp(0, 2), sizes))
 
 
 def test_a_whole_parameter_is_the_same_in_every_rank() -> None:
     pieces = [
-        piece
-        for rank in range(3)
-        for piece in pieces_of(Match(Whole("p", "t"), None, None), (4, 2), at_tp(rank, 3), SIZES)
+        piece for rank in range(3) for piece in pieces_of(Whole("p", "t"), (4, 2), at_tp(rank, 3), SIZES)
     ]
-    assert len({(piece.tensor, piece.region) for piece in pieces}) == 1
+    assert len({(piece.into, piece.region) for piece in pieces}) == 1

@@ -13,7 +13,7 @@ from rdt_megatron.rules import Fused, Split, StackedExperts, Vocabulary, Whole
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from rdt_megatron.rules import AxisName, Match
+    from rdt_megatron.rules import AxisName, Match, Rule
 
 _Shape = tuple[int, ...]
 
@@ -72,17 +72,19 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A region of one checkpoint tensor inside of a parameter.
+    """A region of one checkpoint tensor inside of a parameter. Equal for all layers; only names differ.
 
     Args:
-        tensor: checkpoint name.
+        into: name of the tensor as the rule gives it, its numbers not filled in.
+        expert: which of the rank's experts it is of, where the parameter's name does not say.
         shape: GLOBAL shape of the tensor, in elements.
         region: what the parameter holds of it.
         offset: elements from the parameter's first to the region's first.
         strides: of the region in the parameter's memory, in elements, one a dim of the tensor.
     """
 
-    tensor: str
+    into: str
+    expert: int | None = None
     shape: _Shape
     region: Region
     offset: int
@@ -93,11 +95,11 @@ class ParameterShapeError(ValueError):
     """A parameter's shape is not what its rule gives. Raised to the exporter, which knows the rank."""
 
 
-def pieces_of(match: Match, shape: _Shape, at: Coordinate, sizes: Sizes) -> Iterator[Piece]:
+def pieces_of(rule: Rule, shape: _Shape, at: Coordinate, sizes: Sizes) -> Iterator[Piece]:
     """The regions that one rank's contiguous parameter holds, in order; none when it is all padding.
 
     Args:
-        match: the rule, and the layer and local expert in the parameter's name.
+        rule: for the parameter.
         shape: of this rank's parameter, in elements.
         at: this rank's mesh coordinate.
         sizes: of the model.
@@ -105,48 +107,45 @@ def pieces_of(match: Match, shape: _Shape, at: Coordinate, sizes: Sizes) -> Iter
     Raises:
         ParameterShapeError: the shape does not fit the rule.
     """
-    rule, names = match.rule, _Names(match, at, sizes)
     if isinstance(rule, Whole):
-        yield _block(names(rule.into), shape, shape, 0, Axis())
+        yield _block(rule.into, shape, shape, 0, Axis())
     elif isinstance(rule, Split):
-        yield _split(rule, names(rule.into), shape, at, sizes)
+        yield _split(rule, shape, at, sizes)
     elif isinstance(rule, Vocabulary):
         into = rule.tied_into if sizes.is_tied and rule.tied_into else rule.into
-        yield from _vocabulary(names(into), shape, at.tp, sizes.vocab)
+        yield from _vocabulary(into, shape, at.tp, sizes.vocab)
     elif isinstance(rule, StackedExperts):
-        yield from _stacked_experts(rule, names, shape, at)
+        yield from _stacked_experts(rule, shape, at, sizes)
     elif rule.interleave == "by_query_group":
-        yield from _by_query_group(rule, names, shape, at.along(rule.axis), sizes)
+        yield from _by_query_group(rule, shape, at.along(rule.axis), sizes)
     else:
-        yield from _by_rank(rule, names, shape, at.along(rule.axis))
+        yield from _by_rank(rule, shape, at.along(rule.axis))
 
 
-class _Names:
-    """Fills the numbers into the names of tensors; knows how many experts a rank has."""
-
-    def __init__(self, match: Match, at: Coordinate, sizes: Sizes) -> None:
-        self.num_local_experts = sizes.num_experts // at.ep.size
-        self.first_expert = at.ep.rank * self.num_local_experts
-        self._layer, self._expert = match.layer, match.expert
-
-    def __call__(self, template: str, expert: int | None = None) -> str:
-        local = self._expert if expert is None else expert
-        return template.format(layer=self._layer, expert=self.first_expert + (local or 0))
+def tensor_name(piece: Piece, match: Match, at: Coordinate, sizes: Sizes) -> str:
+    """The checkpoint name of a piece of the parameter that ``match`` was found for."""
+    local = match.expert if piece.expert is None else piece.expert
+    expert = None if local is None else at.ep.rank * _num_local_experts(at, sizes) + local
+    return piece.into.format(layer=match.layer, expert=expert)
 
 
-def _block(tensor: str, shape: _Shape, local: _Shape, dim: int, axis: Axis) -> Piece:
+def _num_local_experts(at: Coordinate, sizes: Sizes) -> int:
+    return sizes.num_experts // at.ep.size
+
+
+def _block(into: str, shape: _Shape, local: _Shape, dim: int, axis: Axis) -> Piece:
     """The whole parameter as block ``axis.rank`` of the tensor's ``dim``."""
     start = tuple(axis.rank * n if d == dim else 0 for d, n in enumerate(local))
     region = Region(start, tuple(a + n for a, n in zip(start, local, strict=True)))
-    return Piece(tensor=tensor, shape=shape, region=region, offset=0, strides=row_major_strides(local, 1))
+    return Piece(into=into, shape=shape, region=region, offset=0, strides=row_major_strides(local, 1))
 
 
-def _rows(tensor: str, num_rows: int, local: _Shape, first_local: int, first: int, stop: int) -> Piece:
+def _rows(into: str, num_rows: int, local: _Shape, first_local: int, first: int, stop: int) -> Piece:
     """Rows ``first`` to ``stop`` of a tensor, which begin at row ``first_local`` of the parameter."""
     rest = local[1:]
     strides = row_major_strides(local, 1)
     return Piece(
-        tensor=tensor,
+        into=into,
         shape=(num_rows, *rest),
         region=Region((first, *(0 for _ in rest)), (stop, *rest)),
         offset=first_local * strides[0],
@@ -154,7 +153,9 @@ def _rows(tensor: str, num_rows: int, local: _Shape, first_local: int, first: in
     )
 
 
-def _split(rule: Split, tensor: str, local: _Shape, at: Coordinate, sizes: Sizes) -> Piece:
+def _split(rule: Split, local: _Shape, at: Coordinate, sizes: Sizes) -> Piece:
+    if len(local) <= rule.dim:
+        raise ParameterShapeError(f"it has {len(local)} dims, expected {rule.dim + 1}")
     axis, held = at.along(rule.axis), local[rule.dim]
     if rule.size is not None:
         expected: int = getattr(sizes, rule.size)
@@ -165,10 +166,10 @@ def _split(rule: Split, tensor: str, local: _Shape, at: Coordinate, sizes: Sizes
                 f"dim {rule.dim} has {held} elements, expected {expected} or its part over {axis.size} ranks"
             )
     shape = tuple(n * axis.size if d == rule.dim else n for d, n in enumerate(local))
-    return _block(tensor, shape, local, rule.dim, axis)
+    return _block(rule.into, shape, local, rule.dim, axis)
 
 
-def _vocabulary(tensor: str, local: _Shape, axis: Axis, vocab: int) -> Iterator[Piece]:
+def _vocabulary(into: str, local: _Shape, axis: Axis, vocab: int) -> Iterator[Piece]:
     if local[0] * axis.size < vocab:
         raise ParameterShapeError(
             f"{axis.size} ranks of {local[0]} rows cannot hold the checkpoint's vocabulary of {vocab}"
@@ -176,19 +177,19 @@ def _vocabulary(tensor: str, local: _Shape, axis: Axis, vocab: int) -> Iterator[
     first = axis.rank * local[0]
     stop = min(first + local[0], vocab)
     if first < stop:
-        yield _rows(tensor, vocab, local, 0, first, stop)
+        yield _rows(into, vocab, local, 0, first, stop)
 
 
-def _by_rank(rule: Fused, names: _Names, local: _Shape, axis: Axis) -> Iterator[Piece]:
+def _by_rank(rule: Fused, local: _Shape, axis: Axis) -> Iterator[Piece]:
     part, rest = divmod(local[0], len(rule.into))
     if rest:
         raise ParameterShapeError(f"{len(rule.into)} tensors cannot share {local[0]} rows evenly")
-    for index, template in enumerate(rule.into):
+    for index, into in enumerate(rule.into):
         first = axis.rank * part
-        yield _rows(names(template), part * axis.size, local, index * part, first, first + part)
+        yield _rows(into, part * axis.size, local, index * part, first, first + part)
 
 
-def _by_query_group(rule: Fused, names: _Names, local: _Shape, axis: Axis, sizes: Sizes) -> Iterator[Piece]:
+def _by_query_group(rule: Fused, local: _Shape, axis: Axis, sizes: Sizes) -> Iterator[Piece]:
     """Cut the rank's plain run of rows by the segments that it meets.
 
     Holds where ranks outnumber groups as well: rows are cut before they are read as heads.
@@ -205,23 +206,22 @@ def _by_query_group(rule: Fused, names: _Names, local: _Shape, axis: Axis, sizes
     own_first, own_stop = axis.rank * local[0], (axis.rank + 1) * local[0]
     for group in range(own_first // sum(widths), math.ceil(own_stop / sum(widths))):
         segment = group * sum(widths)
-        for template, width in zip(rule.into, widths, strict=True):
+        for into, width in zip(rule.into, widths, strict=True):
             first, stop = max(segment, own_first), min(segment + width, own_stop)
             if first < stop:
                 shift = group * width - segment
-                yield _rows(
-                    names(template), groups * width, local, first - own_first, first + shift, stop + shift
-                )
+                yield _rows(into, groups * width, local, first - own_first, first + shift, stop + shift)
             segment += width
 
 
-def _stacked_experts(rule: StackedExperts, names: _Names, local: _Shape, at: Coordinate) -> Iterator[Piece]:
+def _stacked_experts(rule: StackedExperts, local: _Shape, at: Coordinate, sizes: Sizes) -> Iterator[Piece]:
     stacked, parts = rule.stacked_dim, len(rule.into)
-    per_expert, rest = divmod(local[stacked], names.num_local_experts or local[stacked] + 1)
+    num_local = _num_local_experts(at, sizes)
+    per_expert, rest = divmod(local[stacked], num_local or local[stacked] + 1)
     features, uneven = divmod(per_expert, parts)
     if rest or uneven or not features:
         raise ParameterShapeError(
-            f"{names.num_local_experts} experts of {parts} tensors cannot share {local[stacked]} features"
+            f"{num_local} experts of {parts} tensors cannot share {local[stacked]} features"
         )
     rows, columns = (per_expert, local[1]) if stacked == 0 else (local[0], per_expert)
     shape = [columns, rows]
@@ -230,10 +230,11 @@ def _stacked_experts(rule: StackedExperts, names: _Names, local: _Shape, at: Coo
     start, stop = [0, 0], list(shape)
     start[feature_dim], stop[feature_dim] = features * at.etp.rank, features * (at.etp.rank + 1)
     step = features * (columns if stacked == 0 else 1)
-    for expert in range(names.num_local_experts):
-        for index, template in enumerate(rule.into):
+    for expert in range(num_local):
+        for index, into in enumerate(rule.into):
             yield Piece(
-                tensor=names(template, expert),
+                into=into,
+                expert=expert,
                 shape=(shape[0], shape[1]),
                 region=Region(tuple(start), tuple(stop)),
                 offset=expert * rows * columns + index * step,

@@ -6,7 +6,6 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from rdt_core.errors import UnsupportedLayoutError
@@ -14,17 +13,20 @@ from rdt_core.local_shards import LocalShard, LocalShards
 from rdt_core.manifest import TensorSpec
 from rdt_megatron.compat import settle_expert_bias, sync_parameters
 from rdt_megatron.families import UnknownModelTypeError, find_family
-from rdt_megatron.geometry import ParameterShapeError, pieces_of
+from rdt_megatron.geometry import ParameterShapeError, pieces_of, tensor_name
 from rdt_megatron.megatron_model import check_readable, coordinate_of, held_by, unwrap, wrappers_of
 from rdt_megatron.model_config import field_of, find_objection, sizes_of
 from rdt_megatron.rules import RuleIndex
+from rdt_megatron.world import rank_and_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from rdt_megatron.geometry import Coordinate, Sizes
+    import torch.distributed as dist
+
+    from rdt_megatron.geometry import Coordinate, Piece, Sizes
     from rdt_megatron.megatron_model import Held
-    from rdt_megatron.rules import Family
+    from rdt_megatron.rules import Family, Rule
 
 _ALL = "the model"
 
@@ -60,7 +62,7 @@ def megatron_shards(
             differ from the checkpoint in more than layout, or a parameter is where no engine could read it.
     """
     chunks = [model] if isinstance(model, nn.Module) else list(model)
-    rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
+    rank, world_size = rank_and_size(process_group)
     family = family or _family(hf_config, rank)
     exporter = _Exporter(family, hf_config, skip, rank)
     shards: list[LocalShard] = []
@@ -68,10 +70,9 @@ def megatron_shards(
     with torch.no_grad():
         for chunk in map(unwrap, chunks):
             settle_expert_bias(chunk)
-            for held, found in exporter.describe(chunk):
-                base = held.tensor.data_ptr()
+            for held, address, found in exporter.describe(chunk):
                 shards += found
-                sources += [(held, shard.data.data_ptr() - base) for shard in found]
+                sources += [(held, shard.data.data_ptr() - address) for shard in found]
     return LocalShards(
         rank=rank,
         world_size=world_size,
@@ -95,17 +96,19 @@ class _Exporter:
     def __init__(self, family: Family, hf_config: object, skip: Sequence[str], rank: int) -> None:
         self._family, self._hf_config, self._skip, self._rank = family, hf_config, skip, rank
         self._rules = RuleIndex(family.rules)
+        self._pieces: dict[tuple[str, tuple[int, ...]], tuple[Piece, ...]] = {}
 
-    def describe(self, chunk: Any) -> Iterator[tuple[Held, list[LocalShard]]]:
-        """Every parameter of a bare chunk, and what it holds."""
+    def describe(self, chunk: Any) -> Iterator[tuple[Held, int, list[LocalShard]]]:
+        """Every parameter of a bare chunk, its address, and what it holds."""
         self._check_config(chunk)
         at, sizes = coordinate_of(chunk), sizes_of(chunk.config, self._hf_config)
         device: torch.device | None = None
         for held in held_by(chunk):
             if not any(fnmatchcase(held.name, pattern) for pattern in self._skip):
-                device = device or held.tensor.device
-                check_readable(held, self._rank, device)
-                yield held, list(self._shards_of(held, at, sizes))
+                tensor = held.tensor.detach() if type(held.tensor) is nn.Parameter else held.tensor
+                device = device or tensor.device
+                check_readable(held.name, tensor, self._rank, device)
+                yield held, tensor.data_ptr(), list(self._shards_of(held.name, tensor, at, sizes))
 
     def _check_config(self, chunk: Any) -> None:
         objection = find_objection(chunk.config, self._hf_config, self._family)
@@ -121,32 +124,42 @@ class _Exporter:
                 "Make them agree.",
             )
 
-    def _shards_of(self, held: Held, at: Coordinate, sizes: Sizes) -> Iterator[LocalShard]:
-        match = self._rules.find(held.name)
+    def _shards_of(
+        self, name: str, tensor: torch.Tensor, at: Coordinate, sizes: Sizes
+    ) -> Iterator[LocalShard]:
+        match = self._rules.find(name)
         if match is None:
             raise UnsupportedLayoutError(
-                held.name,
+                name,
                 self._rank,
                 f"{self._family.table} has no rule for it",
                 "Add one there (docs/adding-a-model.md), or pass skip= if engines do not load it.",
             )
-        tensor = held.tensor.detach()
         dtype = str(tensor.dtype).removeprefix("torch.")
+        for piece in self._pieces_of(match.rule, name, tuple(tensor.shape), at, sizes):
+            yield LocalShard(
+                spec=TensorSpec(tensor_name(piece, match, at, sizes), piece.shape, dtype),
+                region=piece.region,
+                data=tensor.as_strided(
+                    piece.region.shape, piece.strides, tensor.storage_offset() + piece.offset
+                ),
+                owner=name,
+            )
+
+    def _pieces_of(
+        self, rule: Rule, name: str, shape: tuple[int, ...], at: Coordinate, sizes: Sizes
+    ) -> tuple[Piece, ...]:
+        """Worked out once for all layers and experts: they differ in names only."""
+        known = self._pieces.get((rule.parameter, shape))
+        if known is not None:
+            return known
         try:
-            for piece in pieces_of(match, tuple(tensor.shape), at, sizes):
-                yield LocalShard(
-                    spec=TensorSpec(piece.tensor, piece.shape, dtype),
-                    region=piece.region,
-                    data=tensor.as_strided(
-                        piece.region.shape, piece.strides, tensor.storage_offset() + piece.offset
-                    ),
-                    owner=held.name,
-                )
+            return self._pieces.setdefault((rule.parameter, shape), tuple(pieces_of(rule, shape, at, sizes)))
         except ParameterShapeError as error:
             raise UnsupportedLayoutError(
-                held.name,
+                name,
                 self._rank,
-                f"{error} (shape {tuple(tensor.shape)}, by {self._family.table})",
+                f"{error} (shape {shape}, by {self._family.table})",
                 "Use the family of the model that is trained, or correct the rule.",
             ) from error
 

@@ -100,18 +100,18 @@ def _renumber(name: str, numbers: dict[str, str]) -> str:
     return f"{_LAYERS}{numbers[index]}.{rest}"
 
 
-def check_readable(held: Held, rank: int, device: torch.device) -> None:
+def check_readable(name: str, tensor: torch.Tensor, rank: int, device: torch.device) -> None:
     """Refuse memory that engines could not read as it lies.
 
     Args:
-        held: what to check.
+        name: of the parameter, for the message.
+        tensor: its memory.
         rank: of this trainer, for the message.
         device: where the rank's parameters are.
 
     Raises:
         UnsupportedLayoutError: it is quantized, on no device or another one, released, or not contiguous.
     """
-    tensor = held.tensor
     if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.dtype not in _EXPORTED_DTYPES:
         reason = f"its payload is a {type(tensor).__name__} of {tensor.dtype}"
         remedy = (
@@ -132,4 +132,4 @@ def check_readable(held: Held, rank: int, device: torch.device) -> None:
         remedy = "Let Megatron allocate it, or make it contiguous before the optimizer is built."
     else:
         return
-    raise UnsupportedLayoutError(held.name, rank, reason, remedy)
+    raise UnsupportedLayoutError(name, rank, reason, remedy)

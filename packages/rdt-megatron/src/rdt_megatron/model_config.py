@@ -22,8 +22,14 @@ class Objection:
 
 
 @dataclass(frozen=True, slots=True)
-class _Refusal:
-    """A switch of Megatron's that makes memory differ from the checkpoint in more than its layout."""
+class Refusal:
+    """A switch of Megatron's that makes memory differ from the checkpoint in more than its layout.
+
+    Args:
+        switch: field of Megatron's configuration.
+        effect: what it does to memory.
+        remedy: what the user can do.
+    """
 
     switch: str
     effect: str
@@ -31,39 +37,39 @@ class _Refusal:
 
 
 # Source: megatron/core/transformer/transformer_config.py of 0.16.1 and 0.19.2; a missing switch is off.
-_REFUSALS = (
-    _Refusal(
+REFUSALS = (
+    Refusal(
         "layernorm_zero_centered_gamma",
         "norm weights are held as their distance from one",
         "Train with layernorm_zero_centered_gamma=False.",
     ),
-    _Refusal(
+    Refusal(
         "rotary_interleaved",
         "rows of query and key are in another order than the checkpoint's",
         "Train with rotary_interleaved=False.",
     ),
-    _Refusal(
+    Refusal(
         "moe_mlp_glu_interleave_size",
         "gate and up of every expert alternate in blocks",
         "Train with moe_mlp_glu_interleave_size=None.",
     ),
-    _Refusal(
+    Refusal(
         "moe_shared_expert_glu_interleave_size",
         "gate and up of the shared expert alternate in blocks",
         "Train with moe_shared_expert_glu_interleave_size=None.",
     ),
-    _Refusal(
+    Refusal(
         "attention_output_gate",
         "every query head is followed by a gate that no table describes",
         "Train with attention_output_gate=False.",
     ),
-    _Refusal("moe_latent_size", "experts work in a latent space", "Train with moe_latent_size=None."),
-    _Refusal(
+    Refusal("moe_latent_size", "experts work in a latent space", "Train with moe_latent_size=None."),
+    Refusal(
         "moe_single_grouped_weight",
         "all experts of a rank share one grouped tensor",
         "Train with moe_single_grouped_weight=False.",
     ),
-    _Refusal("fp8_param", "parameters are quantized", "Keep high-precision parameters: fp8_param=False."),
+    Refusal("fp8_param", "parameters are quantized", "Keep high-precision parameters: fp8_param=False."),
 )
 
 # Megatron's field, and the names under which checkpoints of different families keep the same number.
@@ -114,7 +120,7 @@ def find_objection(megatron_config: object, hf_config: object, family: Family) -
 
 
 def _find_refused_switch(config: object) -> Objection | None:
-    for refusal in _REFUSALS:
+    for refusal in REFUSALS:
         value = field_of(config, refusal.switch)
         # Multi-latent attention orders its rotary rows as the checkpoint does, whatever this switch says.
         if value and not (

@@ -1,0 +1,66 @@
+"""What a publisher does with the exporter's own calls, without Ray."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from rdt_core import LocalShards, WeightPublisher
+from rdt_core.client import LocalChannel
+from rdt_core.errors import WindowMovedError
+from rdt_core.local_shards import LocalShard
+from rdt_core.manifest import TensorSpec
+from rdt_core.region import Region
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class Parameter:
+    """One tensor of a trainer, and the values that its framework has put off."""
+
+    def __init__(self) -> None:
+        self.data, self.pending = torch.zeros(4), torch.zeros(4)
+
+    def complete(self) -> None:
+        """Write in place what was put off."""
+        self.data.copy_(self.pending)
+
+    def move(self) -> None:
+        """Write it elsewhere."""
+        self.data = self.pending.clone()
+
+
+@pytest.fixture
+def channel() -> Iterator[LocalChannel]:
+    """A coordinator in this process."""
+    channel = LocalChannel("policy")
+    yield channel
+    channel.end()
+
+
+def attach(channel: LocalChannel, held: Parameter, refresh: Callable[[], None]) -> WeightPublisher:
+    shard = LocalShard(
+        spec=TensorSpec("w", (4,), "float32"), region=Region((0,), (4,)), data=held.data, owner="w"
+    )
+    local = LocalShards(
+        rank=0, world_size=1, shards=(shard,), locate=lambda: (held.data.data_ptr(),), refresh=refresh
+    )
+    return WeightPublisher.attach("policy", local, channel=channel)
+
+
+def test_every_publish_first_completes_what_the_framework_put_off(channel: LocalChannel) -> None:
+    held = Parameter()
+    with attach(channel, held, held.complete) as publisher:
+        for version in (1, 2):
+            held.pending = torch.full((4,), float(version))
+            publisher.publish(version)
+            assert torch.equal(held.data, held.pending)
+
+
+def test_a_parameter_that_moves_while_it_is_completed_is_noticed(channel: LocalChannel) -> None:
+    held = Parameter()
+    with attach(channel, held, held.move) as publisher, pytest.raises(WindowMovedError):
+        publisher.publish(1)

@@ -1,0 +1,68 @@
+"""Megatron-core ranks in training, tensor and pipeline parallel, beside a server of another layout."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from rdt_core import WeightSync
+from tests.e2e.processes import API_KEY, START_TIMEOUT_S
+from tests.integration.rank_world import RankWorld
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tests.e2e.processes import Server
+
+NUM_VERSIONS = 5
+PYTHON = "RDT_MEGATRON_PYTHON"
+
+
+@contextlib.contextmanager
+def attached_ranks(
+    ray_address: str, model: Path, logs: Path, **sizes: Any
+) -> Iterator[tuple[str, RankWorld]]:
+    """Four processes of the environment with Megatron-core, which is not the engine's, and their group."""
+    python = os.environ.get(PYTHON)
+    if not python:
+        pytest.skip(f"{PYTHON} does not name an interpreter with Megatron-core; nox sets it")
+    group = f"group-{uuid.uuid4().hex[:8]}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", ray_address)
+        ranks = RankWorld(4, "tests.megatron.publishing", logs, python=python)
+        try:
+            held = ranks.run("attach", group, str(model), sizes, timeout_s=START_TIMEOUT_S)
+            assert all(held), "a rank holds nothing"
+            yield group, ranks
+            ranks.run("close")
+        finally:
+            ranks.close()
+
+
+def check_versions(
+    server: Server, group: str, ranks: RankWorld, first: int, next_token: Callable[[list[int]], int]
+) -> None:
+    """Train and sync several versions; compare every byte, and what the engine generates from each.
+
+    Args:
+        server: of the engine.
+        group: of the ranks.
+        ranks: attached.
+        first: version; the server has seen none that is greater.
+        next_token: asks the engine for its greedy next token after a prompt.
+    """
+    prompts = ranks.run("prompts")[0]
+    with WeightSync.connect(group, engines=[server.url], api_key=API_KEY) as sync:
+        for version in range(first, first + NUM_VERSIONS):
+            assert all(ranks.run("train_and_publish", version)), "training left a parameter as it was"
+            sync.update(version=version)
+            verified = sync.verify()
+            assert verified.bytes_equal
+            assert not verified.unverified
+            # The logits of the last pipeline stage are in the last rank.
+            assert [next_token(prompt) for prompt in prompts] == ranks.run("next_tokens")[-1]
