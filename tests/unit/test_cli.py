@@ -83,7 +83,8 @@ def test_plan_reports_bytes_ways_and_balance(config: str) -> None:
     assert len(values["ranks"]) == 2
     assert sum(values["trainer_egress_nbytes"]) == sum(rank["read_nbytes"] for rank in values["ranks"])
     assert sum(way["nbytes"] for way in values["ways"].values()) == sum(r["nbytes"] for r in values["ranks"])
-    assert all(way["reason"] for way in values["ways"].values())
+    # Two float32 ranks for a bfloat16 engine: the trainer narrows what it pays to narrow.
+    assert all(way["meaning"] and ": " in way["example"] for way in values["ways"].values())
     shown = run("plan", config, "--trainer", "fsdp:dp=2", "--engine", "vllm:tp=2")
     assert "How bytes land" in shown
 

@@ -1,4 +1,4 @@
-"""What a set of plans amounts to: bytes by rank and by way of reading, balance, memory."""
+"""What a set of plans amounts to: bytes by rank and by method, balance, memory."""
 
 from __future__ import annotations
 
@@ -7,30 +7,38 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rdt_core.dtypes import itemsize_bytes
-from rdt_core.layout import is_contiguous
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from rdt_core.manifest import Manifest
-    from rdt_core.plan import Copy, Plan
+    from rdt_core.plan import Plan
 
-REASONS = {
-    "direct": "contiguous on the trainer, one dtype on both sides",
-    "strided": "columns of a row-major matrix: read as runs or as the span around them, whichever costs less",
-    "cast": "the dtypes differ: converted when it is committed",
-    "strided cast": "columns, and the dtypes differ",
+MEANINGS = {
+    "direct": "contiguous on the trainer: read as it lies",
+    "runs": "columns of a matrix, read run by run",
+    "span": "columns of a matrix, read as the span around them",
+    "packed": "columns of a matrix, packed by the trainer at publish",
+    "cast": "wider than the engine's dtype, narrowed by the trainer at publish",
 }
-"""Ways in which bytes land, and why a tensor goes that way."""
+"""What the methods of :mod:`rdt_core.read_method` mean, for people."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WayTotal:
-    """Everything that lands in one way."""
+    """Everything that is read by one method.
+
+    Args:
+        num_tensors: with a part that is read so.
+        num_copies: parts.
+        nbytes: that land.
+        example: a tensor's part, and why it is read so.
+    """
 
     num_tensors: int
     num_copies: int
     nbytes: int
+    example: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +53,7 @@ class RankTotal:
         by_trainer: bytes read from every trainer rank.
         parameter_nbytes: of the rank's own parameters.
         landing_nbytes: memory that a version is read into.
+        arena_nbytes: memory that trainer ranks keep for this rank beside their parameters.
     """
 
     rank: int
@@ -54,6 +63,7 @@ class RankTotal:
     by_trainer: Mapping[int, int]
     parameter_nbytes: int
     landing_nbytes: int
+    arena_nbytes: int
 
 
 @dataclass(slots=True)
@@ -64,30 +74,39 @@ class PlanSummary:
     _tensors: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     _copies: Counter[str] = field(default_factory=Counter)
     _nbytes: Counter[str] = field(default_factory=Counter)
+    _examples: dict[str, str] = field(default_factory=dict)
 
     def add(self, engine: Manifest, plan: Plan) -> None:
         """Count one engine rank's plan."""
         for copy in plan.copies:
-            way = way_of(copy)
-            self._tensors[way].add(copy.tensor)
-            self._copies[way] += 1
-            self._nbytes[way] += copy.region.num_elements * itemsize_bytes(copy.source_dtype)
+            self._tensors[copy.method].add(copy.tensor)
+            self._copies[copy.method] += 1
+            self._nbytes[copy.method] += copy.region.num_elements * itemsize_bytes(copy.source_dtype)
+            self._examples.setdefault(copy.method, f"{copy.tensor}{copy.region}: {copy.reason}")
         self.ranks.append(
             RankTotal(
                 rank=plan.engine_rank,
                 nbytes=plan.payload_nbytes,
                 read_nbytes=plan.read_nbytes,
                 num_reads=plan.num_reads,
-                by_trainer={rank: sum(r.nbytes for r in reads) for rank, reads in plan.reads.items()},
+                by_trainer={
+                    rank: sum(r.nbytes for r in plan.reads_from(rank)) for rank in plan.trainer_ranks
+                },
                 parameter_nbytes=sum(window.nbytes for window in engine.windows.values()),
                 landing_nbytes=plan.landing_nbytes,
+                arena_nbytes=plan.arena_bytes,
             )
         )
 
     def ways(self) -> dict[str, WayTotal]:
         """Totals by way, the largest first."""
         return {
-            way: WayTotal(num_tensors=len(self._tensors[way]), num_copies=self._copies[way], nbytes=nbytes)
+            way: WayTotal(
+                num_tensors=len(self._tensors[way]),
+                num_copies=self._copies[way],
+                nbytes=nbytes,
+                example=self._examples[way],
+            )
             for way, nbytes in self._nbytes.most_common()
         }
 
@@ -95,15 +114,6 @@ class PlanSummary:
         """Bytes read from every trainer rank, by rank."""
         total = sum_egress(rank.by_trainer for rank in self.ranks)
         return [total[rank] for rank in range(num_trainers)]
-
-
-def way_of(copy: Copy) -> str:
-    """Key of ``REASONS`` for one copy."""
-    itemsize = itemsize_bytes(copy.source_dtype)
-    ways = [] if is_contiguous(copy.region.shape, copy.landing_stride_bytes, itemsize) else ["strided"]
-    if copy.source_dtype != copy.target_dtype:
-        ways.append("cast")
-    return " ".join(ways) or "direct"
 
 
 def sum_egress(rows: Iterable[Mapping[int, int]]) -> Counter[int]:

@@ -24,7 +24,7 @@ from rdt_core.cli.inputs import (
 )
 from rdt_core.cli.output import print_json, print_lines, print_table, show_bytes
 from rdt_core.models.parameter import build_manifest
-from rdt_core.plan_summary import REASONS, PlanSummary, imbalance
+from rdt_core.plan_summary import MEANINGS, PlanSummary, imbalance
 from rdt_core.planner import build_plan_from
 from rdt_core.sources import SourceIndex
 
@@ -80,7 +80,7 @@ def _as_dict(scenario: Scenario, summary: PlanSummary, num_trainers: int) -> dic
         "model": scenario.name,
         "trainer": scenario.trainer_spec,
         "engine": scenario.engine_spec,
-        "ways": {way: {**asdict(total), "reason": REASONS[way]} for way, total in summary.ways().items()},
+        "ways": {way: {**asdict(total), "meaning": MEANINGS[way]} for way, total in summary.ways().items()},
         "ranks": [asdict(rank) for rank in summary.ranks],
         "trainer_egress_nbytes": egress,
         "trainer_imbalance": imbalance(egress),
@@ -91,7 +91,7 @@ def _show(scenario: Scenario, summary: PlanSummary, num_trainers: int) -> None:
     print_lines(_title(scenario))
     print_table(
         "Engine ranks",
-        ("#rank", "#needed", "#read", "#reads", "#trainer ranks", "#parameters", "#landing"),
+        ("#rank", "#needed", "#read", "#reads", "#trainers", "#parameters", "#landing", "#arenas"),
         [
             (
                 total.rank,
@@ -101,6 +101,7 @@ def _show(scenario: Scenario, summary: PlanSummary, num_trainers: int) -> None:
                 len(total.by_trainer),
                 show_bytes(total.parameter_nbytes),
                 show_bytes(total.landing_nbytes),
+                show_bytes(total.arena_nbytes),
             )
             for total in summary.ranks[:_MAX_ROWS]
         ],
@@ -109,12 +110,13 @@ def _show(scenario: Scenario, summary: PlanSummary, num_trainers: int) -> None:
         print_lines(f"... and {len(summary.ranks) - _MAX_ROWS} more; --json lists all.")
     print_table(
         "How bytes land",
-        ("way", "#tensors", "#copies", "#bytes", "why"),
+        ("method", "#tensors", "#parts", "#bytes", "why"),
         [
-            (way, total.num_tensors, total.num_copies, show_bytes(total.nbytes), REASONS[way])
+            (way, total.num_tensors, total.num_copies, show_bytes(total.nbytes), MEANINGS[way])
             for way, total in summary.ways().items()
         ],
     )
+    print_lines(*(f"{way}, for example {total.example}" for way, total in summary.ways().items()))
     egress = summary.egress(num_trainers)
     print_lines(
         f"trainer egress for one engine: {show_bytes(min(egress))} to {show_bytes(max(egress))} a rank, "

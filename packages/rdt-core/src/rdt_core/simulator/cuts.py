@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rdt_core.dtypes import itemsize_bytes
-from rdt_core.layout import find_cuts
+from rdt_core.layout import offset_of
+from rdt_core.read_method import Piece, ReadCost, choose_methods
 
 if TYPE_CHECKING:
     from rdt_core.simulator.classes import Need
@@ -31,10 +32,21 @@ class LandedPiece:
 
 
 def land(need: Need) -> LandedPiece:
-    """As it lies where that is contiguous and no wider than the engine's; else laid out in an arena."""
+    """As the planner would read it at its own prices, were there no other piece."""
     shard, elements = need.shard, need.region.num_elements
     source, target = itemsize_bytes(shard.dtype), itemsize_bytes(need.target_dtype)
-    if target >= source and len(find_cuts(need.region.shape, shard.stride_bytes, source)) == 1:
-        return LandedPiece(elements * source, 1, elements * target, 0)
-    laid = elements * min(source, target)
+    piece = Piece(
+        trainer_rank=need.holders[0],
+        source=shard,
+        target=replace(shard, region=need.region, dtype=need.target_dtype),
+        region=need.region,
+        nbytes=elements * source,
+        source_offset_bytes=offset_of(shard, need.region),
+        source_device="cuda",
+        target_device="cuda",
+    )
+    (method,) = choose_methods([piece], ReadCost())
+    if method.cut is not None:
+        return LandedPiece(method.cut.nbytes, method.cut.num_blocks, elements * target, 0)
+    laid = elements * itemsize_bytes(method.dtype)
     return LandedPiece(laid, 1, elements * target, elements * source + laid)
