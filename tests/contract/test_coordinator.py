@@ -14,6 +14,7 @@ from rdt_core.coordinator import SILENT_S, Outcome
 from rdt_core.errors import (
     ConfigError,
     CoordinatorLostError,
+    ForgottenError,
     GroupInUseError,
     LeaseLostError,
     MissingTrainerRankError,
@@ -22,8 +23,10 @@ from rdt_core.errors import (
     ReleasedError,
     StaleVersionError,
     SupersededError,
+    TopologyChangedError,
     UnknownGroupError,
 )
+from tests.contract.world import Clock
 from tests.local_group import wait_for
 
 if TYPE_CHECKING:
@@ -107,10 +110,12 @@ def test_a_rank_that_fell_silent_is_replaced_and_its_versions_go_on(client: Coor
         client.publish(0, "dead process", 8)
 
 
-def test_another_world_size_is_refused_while_others_are_attached(client: CoordinatorClient) -> None:
-    client.attach(0, 2, "a", b"")
+def test_another_world_size_is_refused_while_others_are_alive(
+    client: CoordinatorClient, ranks: list[Rank]
+) -> None:
+    assert len(ranks) == 2
     with pytest.raises(ConfigError, match="world size"):
-        client.attach(1, 3, "b", b"")
+        client.attach(2, 3, "b", b"")
 
 
 def test_versions_only_grow(client: CoordinatorClient) -> None:
@@ -139,13 +144,14 @@ def test_a_version_is_readable_only_while_every_rank_holds_it(client: Coordinato
 def test_a_writer_waits_for_leases_and_nobody_takes_new_ones(client: CoordinatorClient) -> None:
     client.attach(0, 1, "a", b"")
     client.publish(0, "a", 1)
-    lease = client.begin_read("http://a", 0, 1, 60.0)
+    client.join("http://a", 0, {})
+    lease = client.begin_read("http://a", 0, 1, "", 60.0)
     cut_off: list[object] = []
     writer = threading.Thread(target=lambda: cut_off.extend(client.release(0, "a", 60.0)))
     writer.start()
     wait_for(lambda: client.status()["trainers"][0]["writing"])
     with pytest.raises(ReleasedError):
-        client.begin_read("http://b", 0, 1, 60.0)
+        client.begin_read("http://a", 0, 1, "", 60.0)
     assert writer.is_alive()
     client.end_read(lease, 1)
     writer.join(30)
@@ -158,7 +164,8 @@ def test_a_writer_that_waited_long_enough_revokes_the_leases_and_names_their_rea
 ) -> None:
     client.attach(0, 1, "a", b"")
     client.publish(0, "a", 1)
-    lease = client.begin_read("http://a", 3, 1, 60.0)
+    client.join("http://a", 3, {})
+    lease = client.begin_read("http://a", 3, 1, "", 60.0)
     assert client.release(0, "a", 0.1) == [("http://a", 3)]
     with pytest.raises(ReleasedError):
         client.end_read(lease, 1)
@@ -170,7 +177,8 @@ def test_a_writer_that_waited_long_enough_revokes_the_leases_and_names_their_rea
 def test_a_lease_ends_at_its_deadline_whatever_its_reader_does(client: CoordinatorClient) -> None:
     client.attach(0, 1, "a", b"")
     client.publish(0, "a", 1)
-    lease = client.begin_read("http://a", 0, 1, 0.1)
+    client.join("http://a", 0, {})
+    lease = client.begin_read("http://a", 0, 1, "", 0.1)
     wait_for(lambda: client.status()["leases"] == [])
     with pytest.raises(LeaseLostError):
         client.end_read(lease, 1)
@@ -218,13 +226,65 @@ def test_a_task_for_a_rank_that_falls_silent_ends_with_its_name(client: Coordina
     assert caught.value.missing == (0,)
 
 
+def life_of(client: CoordinatorClient) -> str:
+    """What a driver holds on to while a sync runs."""
+    client.attach(0, 1, "a", b"")
+    client.publish(0, "a", 1)
+    return client.wait_published(1, 5.0)[0]
+
+
+def test_outcomes_that_an_earlier_coordinator_got_are_not_waited_for(client: CoordinatorClient) -> None:
+    with pytest.raises(CoordinatorLostError, match="restarted"):
+        client.wait_prepared("1:x", [("http://a", 0)], "an earlier life", 60.0)
+
+
+def test_a_read_by_an_engine_that_never_joined_is_refused(client: CoordinatorClient) -> None:
+    life_of(client)
+    with pytest.raises(ForgottenError, match="http://a"):
+        client.begin_read("http://a", 0, 1, "", 60.0)
+
+
+def test_a_read_planned_for_other_trainer_processes_is_refused(client: CoordinatorClient) -> None:
+    life_of(client)
+    client.join("http://a", 0, {})
+    with pytest.raises(TopologyChangedError):
+        client.begin_read("http://a", 0, 1, "0:another process", 60.0)
+    lease = client.begin_read("http://a", 0, 1, client.topology(), 60.0)
+    client.end_read(lease, 1)
+
+
+def test_a_rank_tells_its_version_with_every_sign_of_life(client: CoordinatorClient) -> None:
+    client.attach(0, 1, "a", b"")
+    client.next_tasks(0, "a", 5)
+    client.wait_published(5, 0.0)
+    assert client.release(0, "a", 0.0) == []
+    client.next_tasks(0, "a", 5)
+    with pytest.raises(ReleasedError):
+        client.check_version(5)
+
+
+def test_other_ranks_than_before_take_over_once_the_old_ones_are_silent() -> None:
+    clock = Clock()
+    channel = LocalChannel("policy", clock)
+    client = CoordinatorClient(channel)
+    for rank in range(2):
+        client.attach(rank, 2, f"old {rank}", b"old")
+        client.publish(rank, f"old {rank}", 7)
+    clock.skip(2 * SILENT_S)
+    assert client.attach(0, 1, "new", b"new") == 7
+    assert client.manifests(1.0) == [b"new"]
+    with pytest.raises(ForgottenError):
+        client.publish(1, "old 1", 8)
+    channel.end()
+
+
 def test_prepared_ranks_are_awaited_by_attempt(client: CoordinatorClient) -> None:
-    members = [("http://a", 0), ("http://a", 1)]
+    members, life = [("http://a", 0), ("http://a", 1)], life_of(client)
     client.report_prepared("http://a", 0, "old attempt", Outcome(error=RdtError("of an earlier try")))
     client.report_prepared("http://a", 0, "1:x", Outcome(10))
-    assert set(client.wait_prepared("1:x", members, 0.2)) == {members[0]}
+    assert set(client.wait_prepared("1:x", members, life, 0.2)) == {members[0]}
     client.report_prepared("http://a", 1, "1:x", Outcome(11))
-    assert {m: o.value for m, o in client.wait_prepared("1:x", members, 5.0).items()} == {
+    assert {m: o.value for m, o in client.wait_prepared("1:x", members, life, 5.0).items()} == {
         members[0]: 10,
         members[1]: 11,
     }
@@ -232,7 +292,7 @@ def test_prepared_ranks_are_awaited_by_attempt(client: CoordinatorClient) -> Non
 
 def test_one_failed_rank_ends_the_wait_for_the_others(client: CoordinatorClient) -> None:
     client.report_prepared("http://a", 1, "1:x", Outcome(error=SupersededError(1, 2)))
-    outcomes = client.wait_prepared("1:x", [("http://a", 0), ("http://a", 1)], 30.0)
+    outcomes = client.wait_prepared("1:x", [("http://a", 0), ("http://a", 1)], life_of(client), 30.0)
     assert isinstance(outcomes["http://a", 1].error, SupersededError)
 
 
@@ -264,5 +324,5 @@ def test_the_arenas_of_all_ranks_are_counted_once_a_version_is_published(client:
     for rank in range(2):
         client.attach(rank, 2, "a", b"")
         client.publish(rank, "a", 1, 64)
-    assert client.wait_published(1, 1.0) == 128
+    assert client.wait_published(1, 1.0)[1] == 128
     assert client.status()["trainers"][1]["arena_bytes"] == 64

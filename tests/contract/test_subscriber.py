@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from rdt_core.client import LocalChannel
+from rdt_core.coordinator import SILENT_S
 from rdt_core.errors import (
     AbortedError,
     LeaseLostError,
     NotPreparedError,
+    NotPublishedError,
     RdtError,
     ReleasedError,
     SourceDiedError,
@@ -19,7 +22,7 @@ from rdt_core.errors import (
     TornReadError,
 )
 from tests.contract import gated
-from tests.contract.world import Engine, TrainerRank, World, expected_fingerprint
+from tests.contract.world import Clock, Engine, TrainerRank, World, expected_fingerprint
 from tests.local_group import wait_for
 
 if TYPE_CHECKING:
@@ -342,3 +345,77 @@ def test_a_torn_read_in_place_is_found_by_digest_and_the_engine_refuses_to_serve
     with pytest.raises(TornReadError):
         engine.subscriber.commit(version, verify="digest")
     assert engine.subscriber.is_torn
+
+
+def test_a_restarted_trainer_is_read_without_a_reconnect_and_versions_go_on(
+    shared_world: World,
+) -> None:
+    assert shared_world.trainers
+    clock = Clock()
+    channel = LocalChannel("policy", clock)
+    old = World(channel, [TrainerRank(channel, rank, 2) for rank in range(2)])
+    engine = Engine(channel)
+    engine.connect()
+    old.publish(7)
+    engine.subscriber.prepare(7)
+    engine.subscriber.commit(7)
+    for rank in old.trainers:
+        rank.die()
+    clock.skip(2 * SILENT_S)
+    new = World(channel, [TrainerRank(channel, rank, 3) for rank in range(3)])
+    assert new.trainers[0].publisher.version == 7
+    with pytest.raises(NotPublishedError):
+        engine.subscriber.prepare(8)
+    new.publish(8)
+    engine.subscriber.prepare(8)
+    engine.subscriber.commit(8)
+    assert engine.fingerprint == expected_fingerprint(8)
+    assert engine.subscriber.status()["group"] == "policy"
+    engine.subscriber.disconnect()
+    new.close()
+
+
+@pytest.mark.parametrize("mode", ["staged", "inplace"])
+def test_a_coordinator_that_was_restarted_learns_everything_from_its_members(
+    world: World, engine: Engine, version: int, mode: str
+) -> None:
+    engine.connect(mode)
+    session = world.client.session()
+    world.channel.restart()
+    wait_for(lambda: len(world.client.status()["trainers"]) == len(world.trainers))
+    assert world.client.session() == session
+    engine.subscriber.prepare(version)
+    engine.subscriber.commit(version)
+    assert engine.fingerprint == expected_fingerprint(version)
+    assert [row["engine"] for row in world.client.status()["engines"]] == [engine.name]
+    world.publish(version + 1)
+    engine.subscriber.prepare(version + 1)
+    engine.subscriber.commit(version + 1)
+    assert engine.fingerprint == expected_fingerprint(version + 1)
+
+
+def test_a_version_that_was_taken_back_stays_taken_back_over_a_restart(
+    world: World, engine: Engine, version: int
+) -> None:
+    engine.connect()
+    for rank in world.trainers:
+        rank.publisher.release()
+    world.channel.restart()
+    wait_for(lambda: len(world.client.status()["trainers"]) == len(world.trainers))
+    with pytest.raises(ReleasedError):
+        engine.subscriber.prepare(version)
+
+
+def test_a_read_under_way_when_the_coordinator_is_lost_does_not_count(
+    world: World, engine: Engine, version: int
+) -> None:
+    engine.connect()
+    reader = Reader(engine, version)
+    world.channel.restart()
+    wait_for(lambda: len(world.client.status()["trainers"]) == len(world.trainers))
+    assert isinstance(reader.finish(), LeaseLostError)
+    with pytest.raises(NotPreparedError):
+        engine.subscriber.commit(version)
+    engine.subscriber.prepare(version)
+    engine.subscriber.commit(version)
+    assert engine.fingerprint == expected_fingerprint(version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,20 @@ if TYPE_CHECKING:
     from rdt_core.local_shards import LocalShard
 
 GROUP = "policy"
+
+
+class Clock:
+    """Real time, and as much more as a test has let pass."""
+
+    def __init__(self) -> None:
+        self._skipped_s = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self._skipped_s
+
+    def skip(self, seconds: float) -> None:
+        """Let time pass at once."""
+        self._skipped_s += seconds
 
 
 class TrainerRank:
@@ -39,6 +54,12 @@ class TrainerRank:
         for shard in self.shards:
             whole = values_of(shard.spec.name, shard.spec.shape, version, torch.float32)
             shard.data.copy_(whole[shard.region.start[0] : shard.region.stop[0]])
+
+    def die(self) -> None:
+        """Fall silent without a word, as a process that is killed."""
+        self.publisher._is_closed.set()
+        self.publisher._thread.join(30)
+        self.publisher._exports.close()
 
 
 class Engine:

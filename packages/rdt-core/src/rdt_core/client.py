@@ -7,9 +7,17 @@ import concurrent.futures
 import importlib
 import logging
 import threading
+import time
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from rdt_core.coordinator import POLL_S, Coordinator, Outcome, TrainerTask
+from rdt_core.coordinator import (
+    NOTHING_SAID,
+    POLL_S,
+    Coordinator,
+    LastWords,
+    Outcome,
+    TrainerTask,
+)
 from rdt_core.errors import CoordinatorLostError, DeadlineError, RdtError, UnknownGroupError
 from rdt_core.line import METHODS, Line, LineServer
 from rdt_core.ray_session import NAMESPACE
@@ -27,6 +35,10 @@ CALL_TIMEOUT_S = 10.0
 
 ATTACH_TIMEOUT_S = 60.0
 """For the first call to a coordinator, which may have to wait for its actor to start."""
+
+
+_RESTART_LOOK_S = 0.2
+"""How often a member looks whether the coordinator is back."""
 
 
 class Channel(Protocol):
@@ -67,6 +79,27 @@ class _ActorCoordinator(Coordinator):
         return await self._line.listen(ray.util.get_node_ip_address())
 
 
+class _RestartingError(CoordinatorLostError):
+    """The coordinator's process is gone, and Ray may be starting another."""
+
+
+def _call_patiently(channel: Channel, method: str, args: tuple[object, ...], timeout_s: float) -> Any:
+    """Call, and call again when the coordinator was lost and may be coming back, within the deadline.
+
+    Every method may be called twice: what is told twice is known already, and a wait for what only the lost
+    coordinator knew is refused by the ``life`` that it names.
+    """
+    deadline = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while True:
+        try:
+            return channel.start(method, *args)(max(0.001, deadline - time.monotonic()))
+        except _RestartingError as error:
+            if time.monotonic() + _RESTART_LOOK_S > deadline:
+                raise CoordinatorLostError(error.group, error.detail) from error
+            pause.wait(_RESTART_LOOK_S)
+
+
 class RayChannel:
     """A channel to the group's named Ray actor. Make one with :meth:`create` or :meth:`find`.
 
@@ -86,7 +119,9 @@ class RayChannel:
 
         options = {"name": actor_name(group), "namespace": NAMESPACE, "get_if_exists": True}
         actor = (
-            ray.remote(_ActorCoordinator).options(**options, lifetime="detached", num_cpus=0).remote(group)
+            ray.remote(_ActorCoordinator)
+            .options(**options, lifetime="detached", num_cpus=0, max_restarts=-1)
+            .remote(group)
         )
         return cls(group, actor)
 
@@ -106,15 +141,38 @@ class RayChannel:
 
     def call(self, method: str, *args: object, timeout_s: float) -> Any:
         """See :class:`Channel`."""
-        return self.start(method, *args)(timeout_s)
+        return _call_patiently(self, method, args, timeout_s)
 
     def start(self, method: str, *args: object) -> Callable[[float], Any]:
         """See :class:`Channel`."""
         line = self._find_line() if method in METHODS else None
-        if line is not None:
-            return line.start(method, *args)
-        ref = getattr(self._actor, method).remote(*args)
-        return lambda timeout_s: self._result(ref, method, timeout_s)
+        if line is None:
+            ref = getattr(self._actor, method).remote(*args)
+            return lambda timeout_s: self._result(ref, method, timeout_s)
+        try:
+            wait = line.start(method, *args)
+        except CoordinatorLostError as error:
+            self._drop_line(line)
+            raise _RestartingError(self._group, error.detail) from error
+
+        def result(timeout_s: float) -> Any:
+            try:
+                return wait(timeout_s)
+            except CoordinatorLostError as error:
+                # The coordinator itself may be the one to say so: then its line is sound.
+                if isinstance(error.__cause__, OSError):
+                    self._drop_line(line)
+                    raise _RestartingError(self._group, error.detail) from error
+                raise
+
+        return result
+
+    def _drop_line(self, line: Line) -> None:
+        """Ask for another line before the next call; a coordinator that was restarted has a new one."""
+        with self._asking:
+            if self._line is line:
+                self._line, self._has_asked = None, False
+        line.close()
 
     def _find_line(self) -> Line | None:
         with self._asking:
@@ -150,6 +208,8 @@ class RayChannel:
             if isinstance(error.cause, RdtError):
                 raise error.cause from None
             raise
+        except exceptions.ActorUnavailableError as error:
+            raise _RestartingError(self._group, type(error).__name__) from error
         except exceptions.RayActorError as error:
             raise CoordinatorLostError(self._group, type(error).__name__) from error
 
@@ -161,17 +221,23 @@ class RayChannel:
 
 
 class LocalChannel:
-    """A coordinator on an event loop in this process: the fake that unit and contract tests use."""
+    """A coordinator on an event loop in this process: the fake that unit and contract tests use.
 
-    def __init__(self, group: str) -> None:
+    Args:
+        group: its name.
+        clock: seconds, growing; every deadline of the coordinator is measured on it.
+    """
+
+    def __init__(self, group: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"rdt-{group}", daemon=True)
         self._thread.start()
-        self._group, self._coordinator = group, Coordinator(group)
+        self._group, self._clock = group, clock
+        self._coordinator = Coordinator(group, clock)
 
     def call(self, method: str, *args: object, timeout_s: float) -> Any:
         """See :class:`Channel`."""
-        return self.start(method, *args)(timeout_s)
+        return _call_patiently(self, method, args, timeout_s)
 
     def start(self, method: str, *args: object) -> Callable[[float], Any]:
         """See :class:`Channel`."""
@@ -182,12 +248,25 @@ class LocalChannel:
         def result(timeout_s: float) -> Any:
             try:
                 return future.result(timeout_s)
+            except concurrent.futures.CancelledError:
+                raise _RestartingError(self._group, "it was restarted in mid-call") from None
             except concurrent.futures.TimeoutError:
                 future.cancel()
                 what = f"the coordinator in this process to answer {method}"
                 raise DeadlineError(what, timeout_s, "It is busy or stopped.") from None
 
         return result
+
+    def restart(self) -> None:
+        """Lose the coordinator and all it knew, as when its actor's process dies; calls under way fail."""
+
+        async def replace() -> None:
+            self._coordinator = Coordinator(self._group, self._clock)
+            for task in asyncio.all_tasks():
+                if task is not asyncio.current_task():
+                    task.cancel()
+
+        asyncio.run_coroutine_threadsafe(replace(), self._loop).result(CALL_TIMEOUT_S)
 
     def end(self) -> None:
         """See :class:`Channel`."""
@@ -219,18 +298,22 @@ class CoordinatorClient:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
 
-    def attach(self, rank: int, world_size: int, instance: str, manifest: bytes) -> int:
-        """Offer a trainer rank's manifest; returns the last version it published."""
+    def attach(
+        self, rank: int, world_size: int, instance: str, manifest: bytes, last: LastWords = NOTHING_SAID
+    ) -> int:
+        """Offer a trainer rank's manifest; returns the version that it must go beyond."""
         return cast(
             "int",
-            self._channel.call("attach", rank, world_size, instance, manifest, timeout_s=ATTACH_TIMEOUT_S),
+            self._channel.call(
+                "attach", rank, world_size, instance, manifest, last, timeout_s=ATTACH_TIMEOUT_S
+            ),
         )
 
-    def next_tasks(self, rank: int, instance: str) -> list[TrainerTask]:
-        """Tasks for a trainer rank, after at most ``POLL_S``."""
+    def next_tasks(self, rank: int, instance: str, version: int = 0) -> list[TrainerTask]:
+        """Tasks for a trainer rank that has published ``version``, after at most ``POLL_S``."""
         return cast(
             "list[TrainerTask]",
-            self._channel.call("next_tasks", rank, instance, timeout_s=POLL_S + CALL_TIMEOUT_S),
+            self._channel.call("next_tasks", rank, instance, version, timeout_s=POLL_S + CALL_TIMEOUT_S),
         )
 
     def answer(self, number: int, outcome: Outcome) -> None:
@@ -281,22 +364,28 @@ class CoordinatorClient:
             self._channel.call("ask", kind, dict(payloads), timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S),
         )
 
-    def wait_published(self, version: int, timeout_s: float) -> int:
-        """Until every trainer rank has published ``version``; returns the bytes of all arenas."""
+    def topology(self) -> str:
+        """Identifies the trainer processes."""
+        return cast("str", self._channel.call("topology", timeout_s=CALL_TIMEOUT_S))
+
+    def wait_published(self, version: int, timeout_s: float) -> tuple[str, int]:
+        """Until every trainer rank has published ``version``; the coordinator's life, all arenas' bytes."""
         return cast(
-            "int",
+            "tuple[str, int]",
             self._channel.call("wait_published", version, timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S),
         )
 
-    def check_version(self, version: int) -> None:
-        """Whether every trainer rank holds ``version`` now."""
-        self._channel.call("check_version", version, timeout_s=CALL_TIMEOUT_S)
+    def check_version(self, version: int, topology: str = "") -> str:
+        """Whether every trainer rank holds ``version`` now; returns the coordinator's life."""
+        return cast("str", self._channel.call("check_version", version, topology, timeout_s=CALL_TIMEOUT_S))
 
-    def begin_read(self, engine: str, rank: int, version: int, timeout_s: float) -> int:
+    def begin_read(self, engine: str, rank: int, version: int, topology: str, timeout_s: float) -> int:
         """Take a lease on a version; returns its number."""
         return cast(
             "int",
-            self._channel.call("begin_read", engine, rank, version, timeout_s, timeout_s=CALL_TIMEOUT_S),
+            self._channel.call(
+                "begin_read", engine, rank, version, topology, timeout_s, timeout_s=CALL_TIMEOUT_S
+            ),
         )
 
     def end_read(self, lease: int, version: int) -> None:
@@ -320,13 +409,13 @@ class CoordinatorClient:
         self._channel.call("report_prepared", engine, rank, attempt, outcome, timeout_s=CALL_TIMEOUT_S)
 
     def wait_prepared(
-        self, attempt: str, members: Sequence[tuple[str, int]], timeout_s: float
+        self, attempt: str, members: Sequence[tuple[str, int]], life: str, timeout_s: float
     ) -> dict[tuple[str, int], Outcome]:
         """The outcome of every member."""
         return cast(
             "dict[tuple[str, int], Outcome]",
             self._channel.call(
-                "wait_prepared", attempt, list(members), timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S
+                "wait_prepared", attempt, list(members), life, timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S
             ),
         )
 

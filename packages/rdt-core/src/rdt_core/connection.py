@@ -13,7 +13,7 @@ from rdt_core.coordinator import reader_name
 from rdt_core.describe import node_name
 from rdt_core.digest import digest_bytes
 from rdt_core.direct import aim_directly
-from rdt_core.errors import RdtError, ShapeError, TornReadError
+from rdt_core.errors import ForgottenError, RdtError, ShapeError, TopologyChangedError, TornReadError
 from rdt_core.free_memory import measure_free_bytes
 from rdt_core.landing import RELOAD_PREFIX, Landing, engine_manifest, make_landing
 from rdt_core.links import LinkPlan, OpenLinks, Reader, open_links
@@ -24,6 +24,8 @@ from rdt_core.wire import manifest_from_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import torch
 
     from rdt_core.client import CoordinatorClient
     from rdt_core.engine_model import EngineModel
@@ -64,6 +66,9 @@ class Connection:
     request: ConnectRequest
     client: CoordinatorClient
     engine_rank: int
+    device: torch.device
+    wanted: Manifest
+    topology: str
     recording: Recording
     specs: dict[str, TensorSpec]
     plan: Plan
@@ -76,6 +81,7 @@ class Connection:
     read_started_unix_s: float = 0.0
     link_times: dict[int, tuple[float, float]] = field(default_factory=dict)
     is_closed: bool = False
+    info: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_in_place(self) -> bool:
@@ -97,7 +103,7 @@ class Connection:
             VersionError: the trainers do not hold this version throughout, or the read was aborted.
             TransportError: bytes did not arrive.
         """
-        lease = self.client.begin_read(self.request.engine, self.engine_rank, version, timeout_s)
+        lease = self._begin_read(version, timeout_s)
         try:
             self._pull(version, timeout_s, before_pull)
             if verify is not None:
@@ -107,6 +113,44 @@ class Connection:
                 self.client.drop_lease(lease)
             raise
         self.client.end_read(lease, version)
+
+    def _begin_read(self, version: int, timeout_s: float) -> int:
+        engine, rank = self.request.engine, self.engine_rank
+        try:
+            return self.client.begin_read(engine, rank, version, self.topology, timeout_s)
+        except ForgottenError:
+            self.client.join(engine, rank, self.info)
+            return self.client.begin_read(engine, rank, version, self.topology, timeout_s)
+
+    def check(self, version: int) -> None:
+        """Whether there is something to read, from the trainer processes that the links lead to.
+
+        Raises:
+            VersionError: there is not.
+        """
+        self.client.check_version(version, self.topology)
+
+    def relink(self) -> None:
+        """Plan again, and open links again, for trainer processes that took the place of others.
+
+        Called by the reader's thread, holding ``lock``: the recording stands, so the model is not needed.
+
+        Raises:
+            TopologyChangedError: the tensors are others too, so that the engine must connect again.
+            RdtError: as :func:`open_connection` raises them; the old links are closed then.
+        """
+        found = _meet(self.client, self.request.timeout_s)
+        if found.specs != self.specs:
+            raise TopologyChangedError(self.request.group, "their tensors have other names, shapes or dtypes")
+        self.links.close()
+        staged = build_plan(self.wanted, found.manifests, cost=ReadCost(arenas=self.request.arenas))
+        self.plan = aim_in_place(staged, self.recording) if self.is_in_place else staged
+        self.landing = make_landing(self.plan, self.recording, self.specs, self.device)
+        self.links = _open_links(
+            self.request, self.client, self.engine_rank, self.device, found.manifests, self.plan, self.landing
+        )
+        self.topology = found.topology
+        self.link_times.clear()
 
     def _pull(self, version: int, timeout_s: float, before_pull: Callable[[], None]) -> None:
         started, self.read_started_unix_s = time.perf_counter(), time.time()
@@ -180,36 +224,54 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
     Raises:
         RdtError: see :meth:`rdt_core.subscriber.WeightSubscriber.connect`.
     """
-    manifests = [manifest_from_bytes(raw) for raw in client.manifests(request.timeout_s)]
-    specs = merge_specs(manifests)
-    recording = model.record(list(specs.values()))
+    found = _meet(client, request.timeout_s)
+    recording = model.record(list(found.specs.values()))
     wanted = engine_manifest(
         recording,
-        specs,
+        found.specs,
         rank=model.rank,
         world_size=model.world_size,
         node=node_name(),
         device=str(model.device),
     )
-    plan = build_plan(wanted, manifests, cost=ReadCost(arenas=request.arenas))
+    staged = build_plan(wanted, found.manifests, cost=ReadCost(arenas=request.arenas))
     mode = choose_mode(
-        request.mode, landing_nbytes=plan.landing_nbytes, free_nbytes=measure_free_bytes(model.device)
+        request.mode, landing_nbytes=staged.landing_nbytes, free_nbytes=measure_free_bytes(model.device)
     )
-    if mode == INPLACE:
-        plan = aim_in_place(plan, recording)
-    landing = make_landing(plan, recording, specs, model.device)
+    plan = aim_in_place(staged, recording) if mode == INPLACE else staged
+    landing = make_landing(plan, recording, found.specs, model.device)
     return Connection(
         request=request,
         client=client,
         engine_rank=model.rank,
+        device=model.device,
+        wanted=wanted,
+        topology=found.topology,
         recording=recording,
-        specs=specs,
+        specs=found.specs,
         plan=plan,
         mode=mode,
         landing=landing,
-        links=_open_links(request, client, model, manifests, plan, landing),
+        links=_open_links(request, client, model.rank, model.device, found.manifests, plan, landing),
         reader=ReaderThread(f"rdt-reader-{model.rank}"),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trainers:
+    """The trainer ranks as they are now."""
+
+    topology: str
+    manifests: list[Manifest]
+    specs: dict[str, TensorSpec]
+
+
+def _meet(client: CoordinatorClient, timeout_s: float) -> _Trainers:
+    # Asked for first: should a rank be replaced meanwhile, the first read finds out.
+    client.manifests(timeout_s)
+    topology = client.topology()
+    manifests = [manifest_from_bytes(raw) for raw in client.manifests(timeout_s)]
+    return _Trainers(topology=topology, manifests=manifests, specs=merge_specs(manifests))
 
 
 def aim_in_place(plan: Plan, recording: Recording) -> Plan:
@@ -229,15 +291,16 @@ def aim_in_place(plan: Plan, recording: Recording) -> Plan:
 def _open_links(
     request: ConnectRequest,
     client: CoordinatorClient,
-    model: EngineModel,
+    engine_rank: int,
+    device: torch.device,
     trainers: Sequence[Manifest],
     plan: Plan,
     landing: Landing,
 ) -> OpenLinks:
     reader = Reader(
         engine=request.engine,
-        rank=model.rank,
-        device=model.device,
+        rank=engine_rank,
+        device=device,
         forced=request.transport,
         timeout_s=request.timeout_s,
     )

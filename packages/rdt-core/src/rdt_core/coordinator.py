@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from rdt_core.errors import (
     ConfigError,
+    CoordinatorLostError,
+    ForgottenError,
     GroupInUseError,
     LeaseLostError,
     MissingTrainerRankError,
@@ -25,6 +27,7 @@ from rdt_core.errors import (
     ReleasedError,
     StaleVersionError,
     SupersededError,
+    TopologyChangedError,
 )
 from rdt_core.leases import LeaseBook
 
@@ -65,6 +68,24 @@ class Outcome:
     error: RdtError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LastWords:
+    """What a trainer rank had said to a coordinator that is gone.
+
+    Args:
+        session: of the group then; empty when the rank is new.
+        version: that it had published last, 0 if none.
+        is_writing: whether it had taken that version back.
+    """
+
+    session: str = ""
+    version: int = 0
+    is_writing: bool = True
+
+
+NOTHING_SAID = LastWords()
+
+
 @dataclass(slots=True)
 class _Trainer:
     instance: str
@@ -89,7 +110,9 @@ class Coordinator:
         self._clock = clock
         self._leases = LeaseBook(clock)
         self._session = uuid.uuid4().hex
+        self._life = uuid.uuid4().hex
         self._world_size = 0
+        self._floor = 0
         self._trainers: dict[int, _Trainer] = {}
         self._engines: dict[tuple[str, int], dict[str, Any]] = {}
         self._prepared: dict[tuple[str, int], tuple[str, Outcome]] = {}
@@ -99,25 +122,65 @@ class Coordinator:
         self._history: deque[dict[str, Any]] = deque(maxlen=MAX_HISTORY)
         self._changed = asyncio.Condition()
 
-    async def attach(self, rank: int, world_size: int, instance: str, manifest: bytes) -> int:
-        """A trainer rank offers its manifest. Returns the last version this rank published, 0 if none.
+    async def attach(
+        self,
+        rank: int,
+        world_size: int,
+        instance: str,
+        manifest: bytes,
+        last: LastWords = NOTHING_SAID,
+    ) -> int:
+        """A trainer rank offers its manifest. Returns the version that it must go beyond, 0 if none.
 
-        A rank whose earlier process fell silent is replaced; one that is alive is not.
+        A rank whose earlier process fell silent is replaced; one that is alive is not. A rank that this
+        coordinator knows already only gives a sign of life.
+
+        Args:
+            rank: global rank on the trainer side.
+            world_size: number of trainer ranks.
+            instance: names the process.
+            manifest: in its wire form.
+            last: what a rank that introduces itself again, to a coordinator that was restarted, had said to
+                the one before.
         """
         known = self._trainers.get(rank)
-        if known is not None and known.instance != instance:
+        if known is not None and known.instance == instance:
+            await self._hear(known, last.version)
+            return known.version
+        if known is not None:
             await self._wait_until_silent_or_alive(rank, known)
-        if self._world_size not in (0, world_size) and self._live_ranks() - {rank}:
-            raise ConfigError(
-                f"trainer rank {rank} says the group has {world_size} ranks, others said {self._world_size}. "
-                "Attach every rank with the same world size."
-            )
-        self._world_size = world_size
-        last = known.version if known else 0
+        await self._settle_world_size(rank, world_size)
+        if last.session and not self._trainers:
+            self._session = last.session
         # Whatever an earlier process of this rank published, this one's memory does not hold it.
-        self._trainers[rank] = _Trainer(instance, manifest, self._clock(), last, is_writing=True)
+        version = last.version or (known.version if known else 0) or self._floor
+        self._trainers[rank] = _Trainer(
+            instance,
+            manifest,
+            self._clock(),
+            version,
+            is_writing=not last.version or last.is_writing,
+        )
         await self._notify()
-        return last
+        return version
+
+    async def _settle_world_size(self, rank: int, world_size: int) -> None:
+        """Take over a new number of ranks, once those of the old number are gone."""
+        while self._world_size not in (0, world_size):
+            others = {number: other for number, other in self._trainers.items() if number != rank}
+            for number, other in others.items():
+                try:
+                    await self._wait_until_silent_or_alive(number, other)
+                except GroupInUseError:
+                    raise ConfigError(
+                        f"trainer rank {rank} says the group has {world_size} ranks, others said "
+                        f"{self._world_size}. Attach every rank with the same world size."
+                    ) from None
+            if all(self._trainers.get(number) is other for number, other in others.items()):
+                self._floor = max((t.version for t in self._trainers.values()), default=self._floor)
+                self._trainers.clear()
+                self._world_size = world_size
+        self._world_size = world_size
 
     async def _wait_until_silent_or_alive(self, rank: int, known: _Trainer) -> None:
         seen = known.last_seen
@@ -126,19 +189,26 @@ class Coordinator:
                 raise GroupInUseError(self._group, rank)
             await self._wait(lambda: known.last_seen > seen or self._is_silent(known), POLL_S)
 
-    async def next_tasks(self, rank: int, instance: str) -> list[TrainerTask]:
+    async def next_tasks(self, rank: int, instance: str, version: int = 0) -> list[TrainerTask]:
         """Tasks for a trainer rank; held open for ``POLL_S``, then empty.
 
-        Called in a loop by the rank's service thread, also as its sign of life.
+        Called in a loop by the rank's service thread, also as its sign of life. ``version`` is the last it
+        has published, in case that was told to a coordinator which is gone.
         """
         trainer = self._trainer(rank, instance)
-        trainer.last_seen = self._clock()
-        await self._notify()
+        await self._hear(trainer, version)
         await self._wait(lambda: bool(trainer.tasks), POLL_S)
         trainer.last_seen = self._clock()
         tasks = list(trainer.tasks)
         trainer.tasks.clear()
         return tasks
+
+    async def _hear(self, trainer: _Trainer, version: int) -> None:
+        """A sign of life, with the rank's last version. Never takes back that a rank began to write."""
+        trainer.last_seen = self._clock()
+        if version > trainer.version:
+            trainer.version, trainer.is_writing = version, False
+        await self._notify()
 
     async def answer(self, number: int, outcome: Outcome) -> None:
         """A trainer rank's answer to a task; dropped when nobody waits for it any more."""
@@ -212,14 +282,31 @@ class Coordinator:
                 raise outcome.error
         return {rank: outcome.value for rank, outcome in outcomes.items()}
 
-    async def wait_published(self, version: int, timeout_s: float) -> int:
-        """Until every trainer rank has published exactly ``version``. Returns the bytes of all arenas."""
-        await self._wait(lambda: not self._behind(version) or bool(self._released(version)), timeout_s)
-        await self.check_version(version, timeout_s)
-        return sum(trainer.arena_bytes for trainer in self._trainers.values())
+    async def topology(self) -> str:
+        """Identifies the trainer processes; another one when any was replaced."""
+        return self._topology()
 
-    async def check_version(self, version: int, waited_s: float = 0.0) -> None:
-        """Whether every trainer rank holds ``version`` now."""
+    async def wait_published(self, version: int, timeout_s: float) -> tuple[str, int]:
+        """Until every trainer rank has published exactly ``version``.
+
+        Returns:
+            What names this life of the coordinator, for :meth:`wait_prepared`, and the bytes of all arenas.
+        """
+        await self._wait(lambda: not self._behind(version) or bool(self._released(version)), timeout_s)
+        await self.check_version(version, waited_s=timeout_s)
+        return self._life, sum(trainer.arena_bytes for trainer in self._trainers.values())
+
+    async def check_version(self, version: int, topology: str = "", waited_s: float = 0.0) -> str:
+        """Whether every trainer rank holds ``version`` now.
+
+        Args:
+            version: as published.
+            topology: that the trainer processes must have; any if empty.
+            waited_s: for the error's text.
+
+        Returns:
+            What names this life of the coordinator.
+        """
         ahead = max((trainer.version for trainer in self._trainers.values()), default=0)
         if ahead > version:
             raise SupersededError(version, ahead)
@@ -229,14 +316,19 @@ class Coordinator:
         released = self._released(version)
         if released:
             raise ReleasedError(version, released)
+        if topology not in ("", self._topology()):
+            raise TopologyChangedError(self._group, "another process has taken the place of a rank")
+        return self._life
 
-    async def begin_read(self, engine: str, rank: int, version: int, timeout_s: float) -> int:
+    async def begin_read(self, engine: str, rank: int, version: int, topology: str, timeout_s: float) -> int:
         """An engine rank begins to read: a lease, which ends after ``timeout_s`` seconds at the latest.
 
         Returns:
             The lease's number, for :meth:`end_read`.
         """
-        await self.check_version(version)
+        if (engine, rank) not in self._engines:
+            raise ForgottenError(self._group, f"rank {rank} of engine {engine}")
+        await self.check_version(version, topology)
         return self._leases.take((engine, rank), version, timeout_s)
 
     async def end_read(self, lease: int, version: int) -> None:
@@ -278,9 +370,14 @@ class Coordinator:
         await self._notify()
 
     async def wait_prepared(
-        self, attempt: str, members: Sequence[tuple[str, int]], timeout_s: float
+        self, attempt: str, members: Sequence[tuple[str, int]], life: str, timeout_s: float
     ) -> dict[tuple[str, int], Outcome]:
-        """The outcomes of members, once all have ended or one has failed; what there is when time is up."""
+        """The outcomes of members, once all have ended or one has failed; what there is when time is up.
+
+        ``life`` is the coordinator's when the attempt began: what was reported to an earlier one is lost.
+        """
+        if life != self._life:
+            raise CoordinatorLostError(self._group, "it was restarted in the middle of a sync")
 
         def outcomes() -> dict[tuple[str, int], Outcome]:
             found = ((member, self._prepared.get(member)) for member in members)
@@ -332,9 +429,14 @@ class Coordinator:
 
     def _trainer(self, rank: int, instance: str) -> _Trainer:
         trainer = self._trainers.get(rank)
-        if trainer is None or trainer.instance != instance:
+        if trainer is None:
+            raise ForgottenError(self._group, f"trainer rank {rank}")
+        if trainer.instance != instance:
             raise GroupInUseError(self._group, rank)
         return trainer
+
+    def _topology(self) -> str:
+        return ",".join(f"{rank}:{trainer.instance}" for rank, trainer in sorted(self._trainers.items()))
 
     def _is_silent(self, trainer: _Trainer) -> bool:
         return self._clock() - trainer.last_seen > SILENT_S
@@ -347,7 +449,8 @@ class Coordinator:
 
     def _behind(self, version: int) -> tuple[int, ...]:
         held = {rank: trainer.version for rank, trainer in self._trainers.items()}
-        return tuple(rank for rank in range(self._world_size) if held.get(rank, 0) < version)
+        # Before the first rank has introduced itself nobody holds anything.
+        return tuple(rank for rank in range(max(1, self._world_size)) if held.get(rank, 0) < version)
 
     def _released(self, version: int) -> tuple[int, ...]:
         """Ranks that published ``version`` and have begun to write again."""

@@ -95,6 +95,18 @@ class CoordinatorLostError(SessionError):
         )
 
 
+class ForgottenError(SessionError):
+    """The coordinator does not know a member: it was restarted, or the member left."""
+
+    def __init__(self, group: str, member: str) -> None:
+        self.group, self.member = group, member
+        super().__init__(
+            f"the coordinator of sync group {group!r} does not know {member}; it was restarted, or {member} "
+            "has left. Members introduce themselves again by themselves; if this reaches you, connect again.",
+            (group, member),
+        )
+
+
 class ClosedError(SessionError):
     """Use of a publisher, subscriber or sync after ``close``."""
 

@@ -105,6 +105,19 @@ class TornReadError(VersionError):
         )
 
 
+class TopologyChangedError(VersionError):
+    """The trainer ranks are not the ones that an engine rank planned its reads for."""
+
+    def __init__(self, group: str, detail: str) -> None:
+        self.group, self.detail = group, detail
+        super().__init__(
+            f"the trainer ranks of sync group {group!r} changed since this engine rank connected: {detail}. "
+            "Nothing was committed. Engines plan again by themselves where the tensors are the same; connect "
+            "again where they are not.",
+            (group, detail),
+        )
+
+
 class TransportError(RdtError):
     """Bytes did not arrive."""
 

@@ -27,6 +27,7 @@
     |   |-- NotConnectedError
     |   |-- CoordinatorLostError
     |   |-- BusyError
+    |   |-- ForgottenError
     |   `-- ClosedError
     |-- VersionError                versions only grow, and only a published one can be read
     |   |-- StaleVersionError
@@ -36,6 +37,7 @@
     |   |-- ReleasedError
     |   |-- LeaseLostError
     |   |-- TornReadError
+    |   |-- TopologyChangedError
     |   `-- SupersededError
     |-- TransportError              bytes did not arrive
     |   |-- TransportUnavailableError
@@ -86,6 +88,7 @@ from rdt_core.error_session import (
     EngineRefusedError,
     EngineTornError,
     EngineUnreachableError,
+    ForgottenError,
     GroupInUseError,
     MissingTrainerRankError,
     NoRayClusterError,
@@ -105,6 +108,7 @@ from rdt_core.error_sync import (
     SourceDiedError,
     StaleVersionError,
     SupersededError,
+    TopologyChangedError,
     TornReadError,
     TransportError,
     TransportLiesError,
@@ -128,6 +132,7 @@ __all__ = [
     "EngineRefusedError",
     "EngineTornError",
     "EngineUnreachableError",
+    "ForgottenError",
     "GroupInUseError",
     "InvalidVersionError",
     "LeaseLostError",
@@ -149,6 +154,7 @@ __all__ = [
     "SourceDiedError",
     "StaleVersionError",
     "SupersededError",
+    "TopologyChangedError",
     "TornReadError",
     "TransportError",
     "TransportLiesError",

@@ -12,13 +12,14 @@ import torch
 
 from rdt_core import ray_session
 from rdt_core.client import CoordinatorClient, RayChannel
-from rdt_core.coordinator import Outcome, TrainerTask
+from rdt_core.coordinator import LastWords, Outcome, TrainerTask
 from rdt_core.describe import describe_trainer
 from rdt_core.digest import RegionDigest, digest_region
 from rdt_core.errors import (
     ClosedError,
     CoordinatorLostError,
     DeadlineError,
+    ForgottenError,
     GroupInUseError,
     InvalidVersionError,
     RdtError,
@@ -57,9 +58,11 @@ class WeightPublisher:
         self._instance = uuid.uuid4().hex
         self._is_closed = threading.Event()
         self._settle: Callable[[], None] = _nothing
-        self._version = client.attach(
-            local.rank, local.world_size, self._instance, manifest_to_bytes(self._described.manifest)
-        )
+        self._introducing = threading.Lock()
+        self._is_released = True
+        self._manifest = manifest_to_bytes(self._described.manifest)
+        self._version = client.attach(local.rank, local.world_size, self._instance, self._manifest)
+        self._session = client.session()
         self._exports = Exports(self._described.windows, self._described.manifest.device, self._version)
         self._thread = threading.Thread(target=self._serve, name=f"rdt-publisher-{local.rank}", daemon=True)
         self._thread.start()
@@ -144,13 +147,14 @@ class WeightPublisher:
         self._check_addresses()
         if self._described.manifest.device.startswith("cuda"):
             torch.cuda.synchronize(self._described.manifest.device)
-        self._settle_last_publish()
+        self._settle_last()
         if self.arena_bytes:
             # Filling arenas anew is a write: whoever reads the last version there ends first, or is cut off.
             self.release()
         self._exports.refresh(version)
-        self._settle = self._client.start_publish(self._local.rank, self._instance, version, self.arena_bytes)
-        self._version = version
+        with self._introducing:
+            self._version, self._is_released = version, False
+        self._settle = self._start_publish(version)
 
     def release(self, *, timeout_s: float = 30.0) -> None:
         """Take back what was published, before it is written again. Idempotent.
@@ -164,10 +168,17 @@ class WeightPublisher:
         """
         if self._is_closed.is_set():
             raise ClosedError("publisher")
-        self._settle_last_publish()
-        if self._version == 0:
+        self._settle_last()
+        if self._is_released:
             return
-        cut_off = self._client.release(self._local.rank, self._instance, timeout_s)
+        with self._introducing:
+            self._is_released = True
+        try:
+            cut_off = self._client.release(self._local.rank, self._instance, timeout_s)
+        except ForgottenError:
+            # A coordinator that was restarted has no leases, and validates none that its predecessor gave.
+            self._introduce()
+            cut_off = []
         if cut_off:
             logger.warning(
                 "trainer rank %d waited %.1f s for readers of version %d and cut them off: %s",
@@ -195,9 +206,9 @@ class WeightPublisher:
         self._thread.join(_JOIN_TIMEOUT_S)
         self._exports.close()
         try:
-            self._settle_last_publish()
+            self._settle_last()
             self._client.detach(self._local.rank, self._instance)
-        except (CoordinatorLostError, DeadlineError, GroupInUseError) as error:
+        except (CoordinatorLostError, DeadlineError, ForgottenError, GroupInUseError) as error:
             logger.debug("left a group whose coordinator is gone: %s", error)
 
     def __enter__(self) -> Self:
@@ -208,28 +219,64 @@ class WeightPublisher:
     ) -> None:
         self.close()
 
-    def _settle_last_publish(self) -> None:
-        """Wait for the coordinator's answer to it, which comes once."""
-        settle, self._settle = self._settle, _nothing
-        settle()
-
     def _check_addresses(self) -> None:
         for shard, before, now in zip(self._local.shards, self._addresses, self._local.locate(), strict=True):
             if before != now:
                 raise WindowMovedError(shard.owner, self._local.rank)
 
+    def _start_publish(self, version: int) -> Callable[[], None]:
+        try:
+            return self._client.start_publish(self._local.rank, self._instance, version, self.arena_bytes)
+        except CoordinatorLostError as error:
+            lost = error
+
+        def settle() -> None:
+            raise lost
+
+        return settle
+
+    def _settle_last(self) -> None:
+        """Wait for the answer to the last publish; repeat it to a coordinator that was restarted."""
+        settle, self._settle = self._settle, _nothing
+        try:
+            settle()
+        except (CoordinatorLostError, ForgottenError):
+            self._introduce()
+
+    def _introduce(self) -> None:
+        """Tell a coordinator that was restarted what this rank had told the one before.
+
+        Holding the lock, so that what it tells is what holds. Blocks until there is a coordinator.
+
+        Raises:
+            CoordinatorLostError: there is none any more.
+            GroupInUseError: another process has taken this rank's place.
+        """
+        with self._introducing:
+            last = LastWords(self._session, self._version, is_writing=self._is_released)
+            self._client.attach(
+                self._local.rank, self._local.world_size, self._instance, self._manifest, last
+            )
+
     def _serve(self) -> None:
         """Body of the service thread: fetch tasks and answer them until the publisher is closed."""
         while not self._is_closed.is_set():
             try:
-                for task in self._client.next_tasks(self._local.rank, self._instance):
-                    self._client.answer(task.number, self._carry_out(task))
+                self._serve_once()
             except (CoordinatorLostError, GroupInUseError) as error:
                 if not self._is_closed.is_set():
                     logger.warning("trainer rank %d stops serving engines: %s", self._local.rank, error)
                 return
             except DeadlineError as error:
                 logger.warning("trainer rank %d cannot reach the coordinator: %s", self._local.rank, error)
+
+    def _serve_once(self) -> None:
+        try:
+            for task in self._client.next_tasks(self._local.rank, self._instance, self._version):
+                self._client.answer(task.number, self._carry_out(task))
+        except ForgottenError:
+            self._introduce()
+            logger.warning("trainer rank %d met a coordinator that was restarted", self._local.rank)
 
     def _carry_out(self, task: TrainerTask) -> Outcome:
         try:

@@ -76,6 +76,7 @@ class Round:
         members: that are to take the version.
         version: published by every trainer rank.
         options: how.
+        life: of the coordinator that said that the version is published.
     """
 
     def __init__(
@@ -85,9 +86,10 @@ class Round:
         members: Sequence[Member],
         version: int,
         options: UpdateOptions,
+        life: str,
     ) -> None:
         self._client, self._pool, self._version, self._options = client, pool, version, options
-        self._members = list(members)
+        self._members, self._life = list(members), life
         self.failures: list[UpdateFailedError] = []
 
     def prepare(self) -> list[Member]:
@@ -175,7 +177,7 @@ class Round:
         while waiting and not (failed and self._is_all_or_none):
             left = deadline - time.monotonic()
             ids = [rank_id for member in waiting for rank_id in member.rank_ids]
-            outcomes = self._client.wait_prepared(attempt, ids, max(0.0, min(left, _LOOK_S)))
+            outcomes = self._client.wait_prepared(attempt, ids, self._life, max(0.0, min(left, _LOOK_S)))
             for member in list(waiting):
                 error = self._judge(member, outcomes, is_late=left <= 0)
                 if error is not None:

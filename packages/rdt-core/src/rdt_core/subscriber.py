@@ -19,6 +19,7 @@ from rdt_core.errors import (
     NotConnectedError,
     NotPreparedError,
     RdtError,
+    TopologyChangedError,
 )
 from rdt_core.lifecycle import RankLife, RankState
 
@@ -87,6 +88,7 @@ class WeightSubscriber:
             connection = open_connection(request, client, self._model)
             undo.callback(connection.close)
             info = {**connection.describe(self._model), "connect_s": time.perf_counter() - started}
+            connection.info = info
             session = client.session()
             client.join(request.engine, self._model.rank, info)
             undo.pop_all()
@@ -163,18 +165,29 @@ class WeightSubscriber:
         try:
             with connection.lock:
                 self._life.check_wanted(attempt, version)
-                if connection.is_in_place:
-                    connection.client.check_version(version)
-                else:
-                    connection.read(
-                        version, timeout_s, lambda: self._life.check_wanted(attempt, version), verify
-                    )
+                self._read_or_check(connection, attempt, version, timeout_s, verify)
                 self._life.end_read(attempt, version)
         except BaseException:
             self._life.fail_read(attempt)
             raise
         finally:
             connection.close_when_idle()
+
+    def _read_or_check(
+        self, connection: Connection, attempt: int, version: int, timeout_s: float, verify: str | None
+    ) -> None:
+        def read() -> None:
+            if connection.is_in_place:
+                connection.check(version)
+            else:
+                connection.read(version, timeout_s, lambda: self._life.check_wanted(attempt, version), verify)
+
+        try:
+            read()
+        except TopologyChangedError as error:
+            logger.info("rank %d plans again: %s", self._model.rank, error.detail)
+            connection.relink()
+            read()
 
     def commit(self, version: int, *, timeout_s: float = 60.0, verify: str | None = None) -> dict[str, Any]:
         """Flip the model to a prepared version. Called while the model does not run.

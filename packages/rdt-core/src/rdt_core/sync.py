@@ -340,9 +340,9 @@ class WeightSync:
         self, progress: Progress, members: Sequence[Member], options: UpdateOptions
     ) -> SyncReport:
         with progress.enter("publish_wait"):
-            progress.arena_bytes = self._client.wait_published(progress.version, options.timeout_s)
+            life, progress.arena_bytes = self._client.wait_published(progress.version, options.timeout_s)
         self._life.move(SyncEvent.PUBLISHED)
-        attempt = Round(self._client, self._pool, members, progress.version, options)
+        attempt = Round(self._client, self._pool, members, progress.version, options, life)
         with progress.enter("prepare"):
             if options.mode is not None:
                 self._ensure_mode(options.mode)
@@ -365,12 +365,13 @@ class WeightSync:
 
     def _catch_up(self, member: Member, version: int, timeout_s: float) -> None:
         """Bring a newcomer to the version that the others serve, if the trainers still hold it."""
-        attempt = Round(self._client, self._pool, [member], version, UpdateOptions(timeout_s=timeout_s))
         try:
-            self._client.check_version(version)
+            life = self._client.check_version(version)
         except VersionError as error:
             logger.info("engine %s waits for the next version: %s", member.url, error)
             return
+        options = UpdateOptions(timeout_s=timeout_s)
+        attempt = Round(self._client, self._pool, [member], version, options, life)
         attempt.commit(attempt.prepare())
 
     def _part_with(self, member: Member) -> None:
