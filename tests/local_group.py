@@ -7,6 +7,7 @@ For tests of what stands in front of ``WeightSync``. Bytes move by the memory tr
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,13 @@ def serve(app: FastAPI | Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(START_TIMEOUT_S)
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def wait_for(is_true: Any, timeout_s: float = START_TIMEOUT_S) -> None:

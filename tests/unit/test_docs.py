@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from rdt_core import errors
+from rdt_core.gateway import errors as gateway_errors
 
 DOCS = Path(__file__).parents[2] / "docs"
 CLASSES = sorted(
-    name for name, found in vars(errors).items() if isinstance(found, type) and issubclass(found, Exception)
+    name
+    for name, found in {**vars(errors), **vars(gateway_errors)}.items()
+    if isinstance(found, type) and issubclass(found, Exception)
 )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from rdt_core import choice
 from rdt_core.errors import ConfigError
 from rdt_core.gateway.app import make_app
 from rdt_core.gateway.settings import GatewaySettings
@@ -88,7 +89,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--api-key-file", default="", help="file that holds the bearer token of clients")
     parser.add_argument("--group", default="", help="sync group of a /connect that names none")
-    parser.add_argument("--transport", default="nixl", help="for every link (default: %(default)s)")
+    parser.add_argument(
+        "--transport", default=choice.AUTO, help="for every link (default: %(default)s, each link chooses)"
+    )
     parser.add_argument("--init-timeout", type=float, default=300.0, help="seconds for a connect")
     parser.add_argument(
         "--update-timeout", type=float, default=120.0, help="seconds for each phase of an update"

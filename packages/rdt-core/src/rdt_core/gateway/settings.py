@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 
+from rdt_core import choice
 from rdt_core.errors import ConfigError
 
 DEFAULT_KEYS = frozenset({"areal-admin-key", "admin", "changeme", "secret", "password"})
@@ -22,7 +23,7 @@ class GatewaySettings:
         port: to listen on.
         api_key: what clients send as a bearer token. May be empty on a loopback address only.
         group: the sync group of a ``/connect`` that names neither a group nor trainer workers.
-        transport: for every link.
+        transport: for every link; by default each link chooses.
         engine_api_key: of the engine servers.
         trainer_api_key: of the trainers' own HTTP routes.
         init_timeout_s: for a connect, in seconds.
@@ -39,7 +40,7 @@ class GatewaySettings:
     port: int = 7080
     api_key: str = field(default="", repr=False)
     group: str = ""
-    transport: str = "nixl"
+    transport: str = choice.AUTO
     engine_api_key: str = field(default="", repr=False)
     trainer_api_key: str = field(default="", repr=False)
     init_timeout_s: float = 300.0
