@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def local_ray() -> Iterator[str]:
-    """Start a cluster, join it, and yield its GCS address."""
+def local_ray(*, num_gpus: int | None = None) -> Iterator[str]:
+    """Start a cluster, join it, and yield its GCS address. GPUs are counted, or only named."""
     import ray
 
     # Ray keeps sockets below its temp dir, whose paths must stay short.
@@ -20,6 +20,7 @@ def local_ray() -> Iterator[str]:
         ray.init(
             address="local",
             num_cpus=2,
+            num_gpus=num_gpus,
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=100 * 2**20,

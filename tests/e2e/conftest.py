@@ -31,6 +31,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int],
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """A local Ray cluster of this test process; yields its GCS address."""
-    with local_ray() as address:
+    """A local Ray cluster of this test process; yields its GCS address. SGLang's actors ask for a GPU."""
+    with local_ray(num_gpus=1) as address:
         yield address

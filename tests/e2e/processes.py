@@ -111,6 +111,7 @@ class Trainer:
 
     def __init__(self, group: str, process: subprocess.Popen[str]) -> None:
         self.group, self.process = group, process
+        self.version = 0
 
     def ask(self, *words: object) -> str:
         """Send one line and wait for its answer, or for the process to end; libraries print between."""
@@ -122,6 +123,7 @@ class Trainer:
 
     def publish(self, folder: Path, version: int) -> None:
         assert self.ask("publish", folder, version) == f"published {version}"
+        self.version = version
 
 
 @contextlib.contextmanager

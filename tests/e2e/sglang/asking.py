@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +43,19 @@ def generation(prompt: list[int], num_tokens: int) -> dict[str, Any]:
     return {"input_ids": prompt, "sampling_params": sampling}
 
 
-def next_version(server: Server) -> int:
-    """Servers outlive tests, and versions only grow."""
-    return 1 + max(int(rank["version"]) for rank in server.get("/rdt/status").json()["ranks"])
+def auth_mode() -> str:
+    """How the tests' Ray cluster authenticates: what a driver tells an engine."""
+    return os.environ.get("RAY_AUTH_MODE", "")
+
+
+def next_version(server: Server, trainer: Trainer | None = None) -> int:
+    """Servers and trainers outlive tests, and versions only grow."""
+    return 1 + max(trainer.version if trainer else 0, *(int(rank["version"]) for rank in ranks_of(server)))
+
+
+def ranks_of(server: Server) -> list[dict[str, Any]]:
+    """What every rank says of itself."""
+    return list(server.get("/rdt/status").json()["ranks"])
 
 
 @contextmanager

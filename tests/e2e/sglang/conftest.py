@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 # Greedy answers of servers that have loaded the checkpoint of a family and seed from disk.
 LOADED: dict[tuple[str, int], list[list[int]]] = {}
 
-# Family, seed of the checkpoint that the server is started from, flags.
+# Family, seed of the checkpoint that the server is started from, flags. A scheduler polls its sockets with a
+# whole core, so that two of them would leave nothing of a small machine: those sleep when they are idle.
 CASES = {
     "tp1": ("qwen3", 0, ["--disable-overlap-schedule"]),
-    "dp2": ("qwen3", 1, ["--dp", "2"]),
-    "tp2-moe": ("qwen3_moe", 0, ["--tp", "2"]),
+    "dp2": ("qwen3", 1, ["--dp", "2", "--sleep-on-idle"]),
+    "tp2-moe": ("qwen3_moe", 0, ["--tp", "2", "--sleep-on-idle"]),
 }
 
 # Loopback only, one thread a process, no network lookups, no compiler.
@@ -89,8 +90,11 @@ def fault(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(case: str, family: str, fault: Path, checkpoint: Callable[[str, int], Path]) -> Iterator[Server]:
-    """One server a case for all tests."""
+def server(
+    case: str, family: str, fault: Path, ray_address: str, checkpoint: Callable[[str, int], Path]
+) -> Iterator[Server]:
+    """One server a case for all tests. Ray is there before it, while the machine is still idle."""
+    del ray_address
     _, seed, flags = CASES[case]
     env = {"RDT_TEST_FAULT": str(fault), "PYTHONPATH": str(ROOT / "tests" / "e2e" / "sglang" / "faults")}
     with serve(checkpoint(family, seed), "--weight-sync", "rdt", *flags, env=env) as started:
@@ -98,8 +102,15 @@ def server(case: str, family: str, fault: Path, checkpoint: Callable[[str, int],
         yield started
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def trainer(ray_address: str, family: str, checkpoint: Callable[[str, int], Path]) -> Iterator[Trainer]:
-    """A trainer of a group of its own."""
+    """One trainer for all tests of a case, which none of them may end."""
+    with start_trainer(f"group-{uuid.uuid4().hex[:8]}", ray_address, checkpoint(family, 0)) as started:
+        yield started
+
+
+@pytest.fixture
+def mortal(ray_address: str, family: str, checkpoint: Callable[[str, int], Path]) -> Iterator[Trainer]:
+    """A trainer of a group of its own, for a test that ends it."""
     with start_trainer(f"group-{uuid.uuid4().hex[:8]}", ray_address, checkpoint(family, 0)) as started:
         yield started

@@ -16,7 +16,16 @@ import pytest
 
 from rdt_core.errors import RdtError
 from tests.e2e.processes import API_KEY, Server, Trainer, start_trainer
-from tests.e2e.sglang.asking import NUM_TOKENS, PROMPTS, ask, connect, generation, next_version
+from tests.e2e.sglang.asking import (
+    NUM_TOKENS,
+    PROMPTS,
+    ask,
+    auth_mode,
+    connect,
+    generation,
+    next_version,
+    ranks_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -73,18 +82,14 @@ def sentence_of(answer: httpx.Response, status: int) -> str:
 
 def serves_on(server: Server, trainer: Trainer, address: str, folder: Path) -> None:
     """The server takes another version from the trainer by its own route."""
-    version = next_version(server)
+    version = next_version(server, trainer)
     trainer.publish(folder, version)
-    done = update(server, group=trainer.group, version=version, ray_address=address, ray_auth_mode=auth())
+    done = update(
+        server, group=trainer.group, version=version, ray_address=address, ray_auth_mode=auth_mode()
+    )
     assert done.is_success, done.text
     assert done.json()["success"] is True
     assert server.get("/model_info").json()["weight_version"] == str(version)
-
-
-def auth() -> str:
-    import os
-
-    return os.environ.get("RAY_AUTH_MODE", "")
 
 
 @pytest.mark.usefixtures("load")
@@ -95,7 +100,7 @@ def test_requests_that_cannot_be_meant_are_refused_one_by_one(
     family: str,
     checkpoint: Callable[[str, int], Path],
 ) -> None:
-    where = {"ray_address": ray_address, "ray_auth_mode": auth()}
+    where = {"ray_address": ray_address, "ray_auth_mode": auth_mode()}
     before = ask(server, PROMPTS[1], NUM_TOKENS)["output_ids"]
     assert "no-such-group" in sentence_of(update(server, group="no-such-group", version=1, **where), 404)
     for body in (
@@ -114,7 +119,7 @@ def test_requests_that_cannot_be_meant_are_refused_one_by_one(
     assert update_without_a_key(server).status_code == 401
     assert ask(server, PROMPTS[1], NUM_TOKENS)["output_ids"] == before
     serves_on(server, trainer, ray_address, checkpoint(family, 1))
-    version = next_version(server) - 1
+    version = trainer.version
     assert str(version) in sentence_of(update(server, group=trainer.group, version=version, **where), 409)
 
 
@@ -144,16 +149,16 @@ def test_two_updates_at_once_are_both_answered_and_one_takes_effect(
     family: str,
     checkpoint: Callable[[str, int], Path],
 ) -> None:
-    version = next_version(server)
+    version = next_version(server, trainer)
     trainer.publish(checkpoint(family, 0), version)
-    where = {"ray_address": ray_address, "ray_auth_mode": auth()}
+    where = {"ray_address": ray_address, "ray_auth_mode": auth_mode()}
     with ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(update, server, group=trainer.group, version=version, **where) for _ in range(2)]
         answers = [future.result(120) for future in asked]
     assert any(answer.is_success for answer in answers)
     for answer in answers:
         assert answer.is_success or sentence_of(answer, answer.status_code)
-    states = server.get("/rdt/status").json()["ranks"]
+    states = ranks_of(server)
     assert {(state["version"], state["is_torn"]) for state in states} == {(version, False)}
     serves_on(server, trainer, ray_address, checkpoint(family, 1))
 
@@ -186,16 +191,16 @@ def test_connecting_twice_and_leaving_while_reading_do_no_harm(
     family: str,
     checkpoint: Callable[[str, int], Path],
 ) -> None:
-    body = {"group": trainer.group, "ray_address": ray_address, "ray_auth_mode": auth()}
+    body = {"group": trainer.group, "ray_address": ray_address, "ray_auth_mode": auth_mode()}
     for _ in range(2):
         assert server.post("/rdt/connect", body).is_success
-    version = next_version(server)
+    version = next_version(server, trainer)
     trainer.publish(checkpoint(family, 1), version)
     assert server.post("/rdt/prepare", {"version": version, "attempt": "mine"}).is_success
     assert server.post("/rdt/disconnect").is_success
     assert server.post("/rdt/disconnect").is_success
     assert "connect" in sentence_of(server.post("/rdt/commit", {"version": version}), 409)
-    assert server.get("/rdt/status").json()["ranks"][0]["group"] is None
+    assert ranks_of(server)[0]["group"] is None
     serves_on(server, trainer, ray_address, checkpoint(family, 0))
 
 
@@ -206,7 +211,7 @@ def test_a_trainer_that_is_gone_at_connect_is_named(
     with start_trainer("leaves-early", ray_address, checkpoint(family, 0)) as gone:
         gone.process.kill()
         gone.process.wait(10)
-        body = {"ray_address": ray_address, "ray_auth_mode": auth(), "timeout_s": 15}
+        body = {"ray_address": ray_address, "ray_auth_mode": auth_mode(), "timeout_s": 15}
         answer = server.post("/rdt/connect", {"group": "leaves-early", **body})
     assert answer.status_code >= 400, answer.text
     assert "\n" not in str(answer.json()["error"]["message"])
@@ -214,15 +219,15 @@ def test_a_trainer_that_is_gone_at_connect_is_named(
 
 @pytest.mark.usefixtures("load")
 def test_a_trainer_that_dies_between_read_and_commit_is_not_missed(
-    server: Server, trainer: Trainer, family: str, checkpoint: Callable[[str, int], Path], ray_address: str
+    server: Server, mortal: Trainer, family: str, checkpoint: Callable[[str, int], Path], ray_address: str
 ) -> None:
-    body = {"group": trainer.group, "ray_address": ray_address, "ray_auth_mode": auth()}
+    body = {"group": mortal.group, "ray_address": ray_address, "ray_auth_mode": auth_mode()}
     assert server.post("/rdt/connect", body).is_success
-    version = next_version(server)
-    trainer.publish(checkpoint(family, 0), version)
+    version = next_version(server, mortal)
+    mortal.publish(checkpoint(family, 0), version)
     assert server.post("/rdt/prepare", {"version": version}).is_success
-    trainer.process.kill()
-    trainer.process.wait(10)
+    mortal.process.kill()
+    mortal.process.wait(10)
     assert server.post("/rdt/commit", {"version": version}).is_success
     assert server.get("/model_info").json()["weight_version"] == str(version)
 
@@ -238,7 +243,7 @@ def test_one_rank_that_cannot_read_fails_the_update_on_all(
 ) -> None:
     serves_on(server, trainer, ray_address, checkpoint(family, 1))
     before = ask(server, PROMPTS[1], NUM_TOKENS)["output_ids"]
-    version = next_version(server)
+    version = next_version(server, trainer)
     with connect(server, trainer) as sync:
         trainer.publish(checkpoint(family, 0), version)
         fault.write_text("read 1")
@@ -260,7 +265,7 @@ def test_one_rank_that_fails_in_a_commit_holds_generation_until_a_commit_succeed
     checkpoint: Callable[[str, int], Path],
 ) -> None:
     serves_on(server, trainer, ray_address, checkpoint(family, 1))
-    version = next_version(server)
+    version = next_version(server, trainer)
     with connect(server, trainer) as sync, ThreadPoolExecutor(1) as pool:
         trainer.publish(checkpoint(family, 0), version)
         running = pool.submit(ask, server, PROMPTS[0], 400)
@@ -268,7 +273,7 @@ def test_one_rank_that_fails_in_a_commit_holds_generation_until_a_commit_succeed
         with pytest.raises(RdtError, match="injected into commit of rank 1"):
             sync.update(version=version)
         fault.write_text("")
-        states = server.get("/rdt/status").json()["ranks"]
+        states = ranks_of(server)
         assert [state["is_torn"] for state in states] == [False, True]
         server.post("/continue_generation")
         refused = server.post("/generate", generation(PROMPTS[1], 4))

@@ -11,7 +11,7 @@ import pytest
 
 from rdt_core.errors import RdtError, UpdateFailedError
 from tests.e2e.processes import Server, Trainer, start_trainer
-from tests.e2e.sglang.asking import LONG, PROMPTS, ask, ask_all, connect, next_version, stream
+from tests.e2e.sglang.asking import LONG, PROMPTS, ask, ask_all, auth_mode, connect, next_version, stream
 from tests.e2e.sglang.conftest import LOADED
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def test_after_every_sync_the_server_answers_as_one_that_loaded_those_weights(
 ) -> None:
     seen: dict[int, list[list[int]]] = {}
     with connect(server, trainer) as sync:
-        for version, seed in enumerate((1, 0, 1, 0), start=next_version(server)):
+        for version, seed in enumerate((1, 0, 1, 0), start=next_version(server, trainer)):
             trainer.publish(checkpoint(family, seed), version)
             report = sync.update(version=version)
             answers = ask_all(server)
@@ -44,7 +44,7 @@ def test_after_every_sync_the_server_answers_as_one_that_loaded_those_weights(
 def test_requests_in_flight_survive_a_commit_and_tokens_carry_the_version_that_made_them(
     server: Server, trainer: Trainer, family: str, checkpoint: Callable[[str, int], Path]
 ) -> None:
-    version = next_version(server)
+    version = next_version(server, trainer)
     with connect(server, trainer) as sync, ThreadPoolExecutor(2) as pool:
         trainer.publish(checkpoint(family, 1), version)
         sync.update(version=version)
@@ -62,25 +62,48 @@ def test_requests_in_flight_survive_a_commit_and_tokens_carry_the_version_that_m
     assert [span["version"] for span in spans] == [str(version), str(version + 1)], spans
 
 
-def test_a_trainer_that_dies_fails_the_update_by_name_and_another_one_can_take_over(
+@pytest.mark.parametrize("mode", ["staged", "inplace"])
+def test_the_servers_own_update_route_carries_out_a_whole_update(
     server: Server,
     trainer: Trainer,
     family: str,
     ray_address: str,
+    mode: str,
     checkpoint: Callable[[str, int], Path],
 ) -> None:
-    version = next_version(server)
-    with connect(server, trainer) as sync:
-        trainer.publish(checkpoint(family, 1), version)
+    body = {"group": trainer.group, "mode": mode, "ray_address": ray_address, "ray_auth_mode": auth_mode()}
+    answers = []
+    for seed in (1, 0):
+        version = next_version(server, trainer)
+        trainer.publish(checkpoint(family, seed), version)
+        label = {"version": version, "weight_version": f"step-{version}", "flush_cache": seed == 0}
+        done = server.post("/update_weights_from_rdt", body | label)
+        assert done.is_success, done.text
+        assert {rank["mode"] for rank in done.json()["ranks"]} == {mode}
+        assert server.get("/model_info").json()["weight_version"] == f"step-{version}"
+        answers.append(ask_all(server))
+    assert answers[0] != answers[1] == LOADED.get((family, 0), answers[1])
+
+
+def test_a_trainer_that_dies_fails_the_update_by_name_and_another_one_can_take_over(
+    server: Server,
+    mortal: Trainer,
+    family: str,
+    ray_address: str,
+    checkpoint: Callable[[str, int], Path],
+) -> None:
+    version = next_version(server, mortal)
+    with connect(server, mortal) as sync:
+        mortal.publish(checkpoint(family, 1), version)
         sync.update(version=version)
         before = ask_all(server)
-        trainer.publish(checkpoint(family, 0), version + 1)
-        trainer.process.send_signal(signal.SIGKILL)
-        trainer.process.wait(10)
+        mortal.publish(checkpoint(family, 0), version + 1)
+        mortal.process.send_signal(signal.SIGKILL)
+        mortal.process.wait(10)
         with pytest.raises(UpdateFailedError, match=f"version {version + 1} failed in prepare"):
             sync.update(version=version + 1, timeout_s=20)
         assert ask_all(server) == before
-    with start_trainer(f"{trainer.group}-again", ray_address, checkpoint(family, 0)) as other:
+    with start_trainer(f"{mortal.group}-again", ray_address, checkpoint(family, 0)) as other:
         other.publish(checkpoint(family, 0), version + 2)
         with connect(server, other) as sync:
             sync.update(version=version + 2)
@@ -95,7 +118,7 @@ def test_another_models_checkpoint_is_refused_at_connect_and_the_server_goes_on(
     other_family = "qwen3" if family == "qwen3_moe" else "qwen3_moe"
     group = f"group-{uuid.uuid4().hex[:8]}"
     with start_trainer(group, ray_address, checkpoint(other_family, 0)) as other:
-        other.publish(checkpoint(other_family, 0), next_version(server))
+        other.publish(checkpoint(other_family, 0), next_version(server, other))
         with pytest.raises(RdtError, match="same model"), connect(server, other):
             pass
     assert ask_all(server) == before

@@ -43,8 +43,12 @@ class SchedulerReceiver:
         self._last_commit: dict[str, Any] | None = None
         self._is_blocked = self._resumes_later = False
         compat.guard_resumption(scheduler, self._may_resume)
-        compat.yield_while(scheduler, lambda: self._subscriber.is_reading)
+        compat.yield_while(scheduler, self._is_busy_beside)
         _load_transports()
+
+    def _is_busy_beside(self) -> bool:
+        """Whether a thread of ours is at work. Asked by the idle scheduler."""
+        return self._subscriber.is_reading or (self._call is not None and self._call.is_running)
 
     def handle(self, request: WeightSyncReqInput) -> WeightSyncReqOutput:
         """Answer one message. Called by the scheduler between two batches; holds it for local work only."""

@@ -211,7 +211,7 @@ async def run_update(backend: SglangBackend, request: UpdateRequest) -> dict[str
         RdtError: what the first failing rank answered.
     """
     states = _results(await backend.call("status", {}))
-    if any(state["group"] != request.group for state in states):
+    if not all(request.is_met_by(state) for state in states):
         _results(await backend.call("connect", request.connect_payload()))
     timing = {"version": request.version, "timeout_s": request.timeout_s}
     _results(await backend.call("prepare", timing))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rdt_core import engine_rpc
 from rdt_core.errors import WireFormatError
+from rdt_core.mode import AUTO, MODES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,7 +32,8 @@ class UpdateRequest:
     Args:
         group: name under which the trainer ranks attached.
         version: published by all of them.
-        mode: ``"staged"``: read beside generation, then flip.
+        mode: ``"staged"`` reads beside generation, then flips; ``"inplace"`` reads into the parameters while
+            generation is held; ``"auto"`` takes the first where its memory fits.
         flush_cache: drop what the old weights left in the KV cache and compute running requests again from
             their tokens; otherwise they go on with what they have.
         abort_all_requests: end the requests in flight before the flip.
@@ -44,7 +46,7 @@ class UpdateRequest:
 
     group: str
     version: int
-    mode: str = "staged"
+    mode: str = AUTO
     flush_cache: bool = True
     abort_all_requests: bool = False
     weight_version: str | None = None
@@ -68,8 +70,8 @@ class UpdateRequest:
                 raise WireFormatError(_WHAT, f"{name} has the wrong type: {type(body[name]).__name__}")
         if not body.get("group"):
             raise WireFormatError(_WHAT, "group is missing")
-        if body.get("mode", "staged") != "staged":
-            raise WireFormatError(_WHAT, f"mode must be 'staged', got {body['mode']!r}")
+        if body.get("mode", AUTO) not in MODES:
+            raise WireFormatError(_WHAT, f"mode must be one of {', '.join(MODES)}, got {body['mode']!r}")
         checked = {"version": engine_rpc.parse_version(body), "timeout_s": engine_rpc.parse_timeout(body)}
         return cls(**{**body, **checked})
 
@@ -78,12 +80,21 @@ class UpdateRequest:
         """What the engine's answers are labelled with."""
         return self.weight_version or str(self.version)
 
+    def is_met_by(self, state: Mapping[str, Any]) -> bool:
+        """Whether a rank in this state is connected as the request wants it."""
+        return state["group"] == self.group and self.mode in (AUTO, state["mode"])
+
     def connect_payload(self) -> dict[str, Any]:
         """The part that joins the group."""
-        names = ("group", "ray_address", "ray_auth_mode", "transport", "timeout_s")
+        names = ("group", "ray_address", "ray_auth_mode", "transport", "mode", "timeout_s")
         return {name: getattr(self, name) for name in names}
 
     def commit_payload(self) -> dict[str, Any]:
         """The part that flips."""
         kv_cache = "recompute" if self.flush_cache else "keep"
-        return {"version": self.version, "kv_cache": kv_cache, "label": self.label}
+        return {
+            "version": self.version,
+            "kv_cache": kv_cache,
+            "label": self.label,
+            "timeout_s": self.timeout_s,
+        }
