@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -146,6 +147,17 @@ def test_a_dead_source_is_a_typed_error_that_names_its_rank(stand: Stand) -> Non
     # A snapshot may outlive its source, so ask for a version that cannot have been published.
     with pytest.raises(SourceDiedError, match="trainer rank 3"):
         link.pull(1, timeout_s=TIMEOUT_S)
+    link.close()
+
+
+def test_targets_that_nobody_else_holds_any_more_are_still_read_into(stand: Stand) -> None:
+    source = stand.make_source((4,))
+    source.write(0, [1, 2, 3, 4])
+    (buffer,) = stand.make_targets((8,))
+    link = stand.transport.open(source.export(), [buffer[2:6]], trainer_rank=0)
+    gc.collect()
+    link.pull(0, timeout_s=TIMEOUT_S)
+    assert buffer.tolist() == [255, 255, 1, 2, 3, 4, 255, 255]
     link.close()
 
 

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 START_TIMEOUT_S = 120.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--cycles``: how often the test of leaks connects and disconnects."""
+    parser.addoption("--cycles", type=int, default=25)
+
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from rdt_core.arena import ARENA_WINDOW, items_from_wire
 from rdt_core.arena_memory import Arenas
 from rdt_core.digest import digest_bytes
-from rdt_core.probe import ProbeSource
+from rdt_core.probe import ProbeSource, Scratch
 from rdt_core.transports import make_transport
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import torch
 
@@ -51,6 +52,8 @@ class Exports:
         self._arenas = Arenas(windows)
         self._offers: dict[str, _Offer] = {}
         self._probes: dict[str, ProbeSource] = {}
+        self._scratch: dict[str, list[Scratch]] = {}
+        self._held: dict[tuple[str, str], Export] = {}
         # Held while exports are refreshed: by publish, and by the service thread for a new one, so that an
         # export that comes while a version is published does not miss it.
         self._refreshing = threading.Lock()
@@ -79,8 +82,10 @@ class Exports:
         reader = str(payload["reader"])
         source = self._probes.get(reader)
         if source is None:
-            source = ProbeSource(self._transport(str(payload["transport"])), self._device)
-            self._probes[reader] = source
+            name = str(payload["transport"])
+            idle = self._scratch.setdefault(name, [])
+            scratch = idle.pop() if idle else Scratch(self._transport(name), self._device)
+            source = self._probes[reader] = ProbeSource(self._transport(name), scratch)
         return source.write(str(payload["secret"]), int(payload["version"]))
 
     def open(self, payload: Mapping[str, Any]) -> object:
@@ -89,8 +94,9 @@ class Exports:
         Raises:
             ArenaMemoryError: there is no memory for what the reader wants laid out.
         """
-        reader = str(payload["reader"])
+        reader, name = str(payload["reader"]), str(payload["transport"])
         self.drop(payload)
+        self._hold_windows(name, {window for window, _, _ in payload["ranges"]} - {ARENA_WINDOW})
         with contextlib.ExitStack() as undo:
             arena = self._arenas.hold(items_from_wire(payload["arena"]))
             undo.callback(arena.close)
@@ -100,7 +106,7 @@ class Exports:
                 else self._windows[window][offset : offset + nbytes]
                 for window, offset, nbytes in payload["ranges"]
             ]
-            export = self._transport(str(payload["transport"])).export(views)
+            export = self._transport(name).export(views)
             undo.callback(export.close)
             with self._refreshing:
                 export.refresh(self._version)
@@ -119,6 +125,7 @@ class Exports:
         probe = self._probes.pop(reader, None)
         if probe is not None:
             probe.close()
+            self._scratch[probe.transport].append(probe.scratch)
         with self._refreshing:
             offer = self._offers.pop(reader, None)
         if offer is not None:
@@ -128,6 +135,24 @@ class Exports:
         """Drop everything. Called once the service thread has ended. Idempotent."""
         for reader in [*self._offers, *self._probes]:
             self.drop({"reader": reader})
+        for hold in {id(hold): hold for hold in self._held.values()}.values():
+            hold.close()
+        for scratch in itertools.chain(*self._scratch.values()):
+            scratch.close()
+        self._held.clear()
+        self._scratch.clear()
+
+    def _hold_windows(self, transport: str, windows: Iterable[str]) -> None:
+        """Export windows once more, to nobody, so that they stay registered when their readers leave.
+
+        Ray tells readers of every deregistration, and they connect to this process anew, each leaving a
+        socket behind on both sides (Ray 2.60, nixl 1.5.1). With the windows and the probes' scratch buffers
+        held, an engine that comes or goes costs the others nothing.
+        """
+        new = sorted(window for window in windows if (transport, window) not in self._held)
+        if new:
+            hold = self._transport(transport).export([self._windows[window] for window in new])
+            self._held.update(dict.fromkeys(((transport, window) for window in new), hold))
 
     def _transport(self, name: str) -> Transport:
         if name not in self._transports:

@@ -30,17 +30,34 @@ _GAP_NBYTES = 64
 _UNTOUCHED = 0xA5
 
 
+class Scratch:
+    """A buffer to probe from, registered with a transport from its first probe to its ``close``.
+
+    Args:
+        transport: that the probes will use.
+        device: where the parameters are.
+    """
+
+    def __init__(self, transport: Transport, device: str) -> None:
+        self.views = _views(_blank(torch.device(device)))
+        self._hold: Export = transport.export(self.views)
+
+    def close(self) -> None:
+        """Let the buffer go. Idempotent."""
+        self._hold.close()
+
+
 class ProbeSource:
     """A trainer rank's side of one link's probe. Used in the publisher's service thread only.
 
     Args:
         transport: that the link will use.
-        device: where the parameters are.
+        scratch: to write and export; no other probe may use it meanwhile.
     """
 
-    def __init__(self, transport: Transport, device: str) -> None:
-        self._views = _views(_blank(torch.device(device)))
-        self._export: Export = transport.export(self._views)
+    def __init__(self, transport: Transport, scratch: Scratch) -> None:
+        self.transport, self.scratch = transport.name, scratch
+        self._export: Export = transport.export(scratch.views)
         self._is_ticket_given = False
 
     def write(self, secret: str, version: int) -> object:
@@ -49,7 +66,7 @@ class ProbeSource:
         Returns:
             The ticket in the first round, then None: Ray forgets the targets of a ref that arrives again.
         """
-        for view, expected in zip(self._views, _expected(secret), strict=True):
+        for view, expected in zip(self.scratch.views, _expected(secret), strict=True):
             # From pageable memory: this returns when the bytes are on the device.
             view.copy_(expected)
         self._export.refresh(version)
@@ -58,7 +75,7 @@ class ProbeSource:
         return ticket
 
     def close(self) -> None:
-        """Stop offering the buffer. Idempotent."""
+        """Stop offering the buffer, which another probe may use then. Idempotent."""
         self._export.close()
 
 

@@ -8,7 +8,7 @@ node that has read it, which goes on getting the old bytes, so no key is ever pu
 client holds the GIL until it returns, so objects are small; keys may hold letters, digits and a few signs,
 but no slash; an object of no bytes is refused.
 
-Why not ray-ascend's Ray transport: docs/decisions/0011-yr-without-ray-ascend.md.
+Why not ray-ascend's Ray transport: docs/decisions/0010-openyuanrong-without-ray-ascend.md.
 """
 
 from __future__ import annotations
