@@ -93,5 +93,9 @@ class BackgroundCall:
         """What the call returned; None while it runs."""
         return None if self.is_running else self._answer
 
+    def join(self, timeout_s: float) -> None:
+        """Wait until it has ended, or for ``timeout_s`` seconds."""
+        self._thread.join(timeout_s)
+
     def _run(self) -> None:
         self._answer = self._call()

@@ -418,6 +418,12 @@ def label_outputs(scheduler: Any, version: str) -> None:
     scheduler.record_weight_version_change(new_version=version)
 
 
+def use_device(device: torch.device) -> None:
+    """Make the device this thread's own; a new thread begins with the first one of the host."""
+    if device.type != "cpu":
+        torch.get_device_module(device).set_device(device)
+
+
 def wait_for_device(device: torch.device) -> None:
     """Until the device has done what was asked of it: a batch in flight, or copies into parameters."""
     if device.type != "cpu":

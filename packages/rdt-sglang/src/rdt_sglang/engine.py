@@ -76,7 +76,12 @@ class SchedulerReceiver:
             return _failed(
                 RdtError(f"{method} refused: this engine is still busy with another call. Try again.")
             )
-        self._call = BackgroundCall(call, lambda: engine_rpc.call(self._subscriber, method, payload))
+
+        def run() -> dict[str, Any]:
+            compat.use_device(self._model.device)
+            return engine_rpc.call(self._subscriber, method, payload)
+
+        self._call = BackgroundCall(call, run)
         return {"ok": True, "result": {"is_running": True}}
 
     def _poll(self, call: str) -> dict[str, Any]:
