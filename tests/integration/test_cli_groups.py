@@ -11,6 +11,7 @@ import pytest
 import ray
 from typer.testing import CliRunner
 
+from rdt_core import WeightSync
 from rdt_core.cli.app import app
 from tests.contract.world import expected_fingerprint
 from tests.integration.toy_trainer import SHAPES, start_trainers
@@ -74,6 +75,14 @@ def test_update_brings_an_engine_to_what_is_published_and_status_tells_of_it(
     assert "synced" in table
     # The same version again: the coordinator's history is for people, the engine itself refuses.
     assert "error: " in run("update", group, "--engine", engine, "--version", "4", "--timeout", "1", code=1)
+
+
+def test_status_shows_what_a_connected_engine_reads_over(
+    trainers: list[Any], group: str, engine: str
+) -> None:
+    assert len(trainers) == 2
+    with WeightSync.connect(group, [engine]):
+        assert "2 x nixl" in run("status", group)
 
 
 def test_an_unknown_group_is_one_sentence(ray_cluster: str) -> None:

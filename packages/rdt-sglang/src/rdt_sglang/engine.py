@@ -7,7 +7,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from rdt_core import engine_rpc
+from rdt_core import engine_rpc, settings
 from rdt_core.error_wire import to_wire
 from rdt_core.errors import NotConnectedError, NotPreparedError, RdtError, UpdateFailedError
 from rdt_core.model_thread import BackgroundCall, ModelThread
@@ -196,9 +196,10 @@ def _is_done(answers: list[dict[str, Any]]) -> bool:
 def _load_transports() -> None:
     """Import Ray and NIXL before the server is ready; later it would fight the scheduler for seconds.
 
-    Where one is missing, the connect says so.
+    Where one is missing, the connect says so. On Ascend NIXL would keep openYuanrong's client out.
     """
-    for module in ("ray", "ray.experimental", "nixl._api"):
+    nixl = () if settings.read_data_worker() else ("nixl._api",)
+    for module in ("ray", "ray.experimental", *nixl):
         try:
             importlib.import_module(module)
         except ImportError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from rdt_core import engine_rpc
+from rdt_core import choice, engine_rpc
 from rdt_core.errors import WireFormatError
 from rdt_core.mode import AUTO, MODES
 
@@ -40,7 +40,7 @@ class UpdateRequest:
         weight_version: what the engine's answers are labelled with; the version itself by default.
         ray_address: ``host:port`` of the cluster; empty for ``RAY_ADDRESS``, else the one on this host.
         ray_auth_mode: the trainer's ``RAY_AUTH_MODE``; never a token.
-        transport: name of the transport for every link.
+        transport: for every link; by default each link chooses.
         timeout_s: for each wait, in seconds.
     """
 
@@ -52,7 +52,7 @@ class UpdateRequest:
     weight_version: str | None = None
     ray_address: str = ""
     ray_auth_mode: str = ""
-    transport: str = "nixl"
+    transport: str = choice.AUTO
     timeout_s: float = 60.0
 
     @classmethod

@@ -12,7 +12,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from rdt_core import engine_rpc
+from rdt_core import choice, engine_rpc
 from rdt_core.errors import NotPreparedError
 from rdt_core.mode import STAGED
 from rdt_core.subscriber import WeightSubscriber
@@ -32,7 +32,7 @@ class RdtInitInfo(WeightTransferInitInfo):
         engine: this engine's name among the group's engines; by default vLLM's own instance id.
         ray_address: ``host:port`` of the cluster; empty for ``RAY_ADDRESS``, else the one on this host.
         ray_auth_mode: the driver's ``RAY_AUTH_MODE``; never a token.
-        transport: name of the transport for every link.
+        transport: for every link; by default each link chooses.
         timeout_s: for each wait, in seconds.
     """
 
@@ -40,7 +40,7 @@ class RdtInitInfo(WeightTransferInitInfo):
     engine: str = ""
     ray_address: str = ""
     ray_auth_mode: str = ""
-    transport: str = "nixl"
+    transport: str = choice.AUTO
     timeout_s: float = 60.0
 
 

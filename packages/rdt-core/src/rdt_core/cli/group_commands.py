@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from typing import Annotated, Any
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rdt_core import ray_session
+from rdt_core import choice, ray_session, settings
 from rdt_core.cli.inputs import JsonOption  # noqa: TC001  typer reads annotations at run time
 from rdt_core.cli.output import (
     only_our_output,
@@ -21,7 +21,9 @@ from rdt_core.client import CoordinatorClient, RayChannel, list_groups
 from rdt_core.errors import NotPublishedError
 from rdt_core.sync import WeightSync
 
-API_KEY_VARIABLE = "RDT_API_KEY"
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 _SHOWN_SYNCS = 5
 
 
@@ -63,9 +65,15 @@ def _show_group(found: dict[str, Any]) -> None:
     if found["engines"]:
         print_table(
             "Engines",
-            ("engine", "#rank", "#tensors", "#bytes"),
+            ("engine", "#rank", "#tensors", "#bytes", "links"),
             [
-                (row["engine"], row["rank"], row.get("num_tensors", ""), show_bytes(row.get("nbytes", 0)))
+                (
+                    row["engine"],
+                    row["rank"],
+                    row.get("num_tensors", ""),
+                    show_bytes(row.get("nbytes", 0)),
+                    _show_links(row),
+                )
                 for row in found["engines"]
             ],
         )
@@ -86,6 +94,13 @@ def _show_group(found: dict[str, Any]) -> None:
         )
 
 
+def _show_links(engine: Mapping[str, Any]) -> str:
+    """Which transports an engine rank reads over, and why: ``4 x nixl (forced)``."""
+    reasons = engine.get("reasons", {})
+    links = Counter((name, reasons.get(rank, "")) for rank, name in engine.get("trainers", {}).items())
+    return ", ".join(f"{count} x {name} ({reason})" for (name, reason), count in sorted(links.items()))
+
+
 def update(
     group: Annotated[str, typer.Argument(metavar="GROUP", help="Under which trainer ranks attached.")],
     engine: Annotated[
@@ -95,7 +110,9 @@ def update(
         int | None,
         typer.Option(min=1, metavar="N", help="Default: what every trainer rank holds."),
     ] = None,
-    transport: Annotated[str, typer.Option(metavar="NAME", help="Transport of every link.")] = "nixl",
+    transport: Annotated[
+        str, typer.Option(metavar="NAME", help="Of every link; auto: each chooses.")
+    ] = choice.AUTO,
     kv_cache: Annotated[
         str, typer.Option(metavar="WORD", help="recompute, or keep what the old weights left there.")
     ] = "recompute",
@@ -112,7 +129,7 @@ def update(
     For a test or a repair: a training loop keeps a WeightSync. Do not use it on engines that another driver
     holds. An API key of the engines is read from RDT_API_KEY.
     """
-    key = os.environ.get(API_KEY_VARIABLE)
+    key = settings.read_key(settings.API_KEY) or None
     with only_our_output():
         ray_session.join()
         wanted = version or _published_version(group)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
 
-from rdt_core import choice
+from rdt_core import choice, settings
 from rdt_core.errors import ConfigError
 from rdt_core.gateway.app import make_app
 from rdt_core.gateway.settings import GatewaySettings
@@ -19,9 +18,6 @@ from rdt_core.gateway.settings import GatewaySettings
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-KEY_VARIABLE = "RDT_GATEWAY_API_KEY"
-ENGINE_KEY_VARIABLE = "RDT_ENGINE_API_KEY"
-TRAINER_KEY_VARIABLE = "RDT_TRAINER_API_KEY"
 _SHUTDOWN_TIMEOUT_S = 5
 
 
@@ -30,20 +26,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
-        settings = settings_of(args)
+        wanted = settings_of(args)
     except (ConfigError, OSError) as error:
         print(f"rdt gateway: {error}", file=sys.stderr)  # noqa: T201  a command's own message
         return 2
-    serve(settings, args)
+    serve(wanted, args)
     return 0
 
 
-def serve(settings: GatewaySettings, args: argparse.Namespace) -> None:
+def serve(wanted: GatewaySettings, args: argparse.Namespace) -> None:
     """Run the server in this thread until it is ended by a signal."""
     uvicorn.run(
-        make_app(settings),
-        host=settings.host,
-        port=settings.port,
+        make_app(wanted),
+        host=wanted.host,
+        port=wanted.port,
         log_level=args.log_level,
         access_log=False,
         server_header=False,
@@ -60,7 +56,7 @@ def settings_of(args: argparse.Namespace) -> GatewaySettings:
         ConfigError: they would let anyone drive the gateway.
         OSError: the key file cannot be read.
     """
-    key = args.admin_api_key or os.environ.get(KEY_VARIABLE, "")
+    key = args.admin_api_key or settings.read_key(settings.GATEWAY_API_KEY)
     if args.api_key_file:
         key = Path(args.api_key_file).read_text(encoding="utf-8").strip()
     return GatewaySettings(
@@ -69,8 +65,8 @@ def settings_of(args: argparse.Namespace) -> GatewaySettings:
         api_key=key,
         group=args.group,
         transport=args.transport,
-        engine_api_key=os.environ.get(ENGINE_KEY_VARIABLE, ""),
-        trainer_api_key=os.environ.get(TRAINER_KEY_VARIABLE, ""),
+        engine_api_key=settings.read_key(settings.ENGINE_API_KEY),
+        trainer_api_key=settings.read_key(settings.TRAINER_API_KEY),
         init_timeout_s=args.init_timeout,
         update_timeout_s=args.update_timeout,
     )
@@ -84,8 +80,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--admin-api-key",
         default="",
-        help=f"bearer token of clients; other users can see it in the process list, so better {KEY_VARIABLE} "
-        "or --api-key-file",
+        help="bearer token of clients; other users can see it in the process list, so better "
+        f"{settings.GATEWAY_API_KEY} or --api-key-file",
     )
     parser.add_argument("--api-key-file", default="", help="file that holds the bearer token of clients")
     parser.add_argument("--group", default="", help="sync group of a /connect that names none")

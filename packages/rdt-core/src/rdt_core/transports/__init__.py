@@ -32,6 +32,12 @@ def known_transports() -> list[str]:
     return sorted(_FACTORIES)
 
 
+def find_conflict(name: str) -> str | None:
+    """The module that this process has loaded and that keeps a transport out of it, or None."""
+    other = _CONFLICTS.get(name)
+    return other if other in sys.modules else None
+
+
 def make_transport(name: str) -> Transport:
     """The transport of that name, ready for this process.
 
@@ -43,8 +49,8 @@ def make_transport(name: str) -> Transport:
         raise TransportUnavailableError(
             name, "there is no such transport", f"Known are {known_transports()}."
         )
-    other = _CONFLICTS.get(name)
-    if other in sys.modules:
+    other = find_conflict(name)
+    if other is not None:
         raise TransportUnavailableError(
             name,
             f"this process has loaded {other}, beside which its native library crashes",

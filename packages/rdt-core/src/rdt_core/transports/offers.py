@@ -6,7 +6,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from rdt_core import settings
-from rdt_core.transports import known_transports
+from rdt_core.transports import find_conflict, known_transports
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +22,11 @@ def offered_transports(device: str) -> tuple[str, ...]:
         device: ``"cpu"``, ``"cuda:0"``, ...
     """
     kind = device.partition(":")[0]
-    return tuple(name for name in known_transports() if _CHECKS.get(name, _offer_always)(kind))
+    return tuple(
+        name
+        for name in known_transports()
+        if find_conflict(name) is None and _CHECKS.get(name, _offer_always)(kind)
+    )
 
 
 def _is_installed(*modules: str) -> bool:
