@@ -18,6 +18,7 @@ from rdt_core.coverage import find_overlap, find_uncovered
 from rdt_core.errors import UnsupportedLayoutError
 from rdt_core.region import Region
 from rdt_megatron import fsdp_shards
+from rdt_megatron.names import strip_wrappers
 
 if TYPE_CHECKING:
     from rdt_core.local_shards import LocalShards
@@ -69,9 +70,11 @@ def _sharded(model: Any, layers: Any, **options: Any) -> Any:
     return fully_shard(model, **options)
 
 
-def _train(model: nn.Module, num_steps: int, vocab: int = 10) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    generator = torch.Generator().manual_seed(dist.get_rank())
+def _train(model: nn.Module, num_steps: int, vocab: int = 10, data_rank: int | None = None) -> None:
+    # One by one: parameters on different meshes cannot be updated together.
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, foreach=False)
+    generator = torch.Generator().manual_seed(dist.get_rank() if data_rank is None else data_rank)
     for _ in range(num_steps):
         out = model(torch.randint(vocab, (2, 5), generator=generator))
         getattr(out, "logits", out).float().pow(2).mean().backward()
@@ -285,10 +288,84 @@ def refuses_separate_runs() -> list[Any]:
     return _refused(model)
 
 
-def refuses_flat_parameters() -> list[Any]:
+def _flat(model: Any, *, use_orig_params: bool = True, **options: Any) -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    policy = ModuleWrapPolicy({Block})
+    device = torch.device("cpu")
+    options = {"auto_wrap_policy": policy, "device_id": device, "use_orig_params": use_orig_params, **options}
+    return FullyShardedDataParallel(model, **options)
+
+
+def _check_flat_over_steps(model: Any) -> dict[str, list[str]]:
+    """As ``_check_over_steps``, for FSDP1: a parameter has several boxes, and is gathered by a context."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    return _refused(FullyShardedDataParallel(_net(), device_id=torch.device("cpu"), use_orig_params=True))
+    def full() -> dict[str, torch.Tensor]:
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            return {strip_wrappers(name): p.detach().clone() for name, p in model.named_parameters()}
+
+    before_steps = full()
+    local = fsdp_shards(model)
+    _check(local, before_steps)
+    addresses = local.locate()
+    _train(model, 3)
+    assert local.locate() == addresses == fsdp_shards(model).locate()
+    trained = full()
+    assert not any(torch.equal(before_steps[name], trained[name]) for name in trained)
+    _check(local, trained)
+    regions: dict[str, list[str]] = {}
+    for shard in local.shards:
+        regions.setdefault(shard.spec.name, []).append(str(shard.region))
+    return regions
+
+
+def flat_parameters() -> dict[str, list[str]]:
+    return _check_flat_over_steps(_flat(_net()))
+
+
+def flat_parameters_without_original_ones() -> dict[str, list[str]]:
+    return _check_flat_over_steps(_flat(_net(), use_orig_params=False))
+
+
+def flat_parameters_kept_whole() -> dict[str, list[str]]:
+    from torch.distributed.fsdp import ShardingStrategy
+
+    return _check_flat_over_steps(_flat(_net(), sharding_strategy=ShardingStrategy.NO_SHARD))
+
+
+def refuses_offloaded_flat_parameters() -> list[Any]:
+    from torch.distributed.fsdp import CPUOffload
+
+    return _refused(_flat(_net(), cpu_offload=CPUOffload(offload_params=True)))
+
+
+def distributed_data_parallel() -> dict[str, Any]:
+    from torch.nn.parallel import DistributedDataParallel
+
+    model: Any = DistributedDataParallel(_net())
+    expected = set(_full(model.module))
+    local = fsdp_shards(model)
+    addresses = local.locate()
+    _train(model, 3)
+    assert local.locate() == addresses
+    regions = _check(local, _full(model.module))
+    assert set(regions) == expected
+    return regions
+
+
+def uneven_tensor_parallel_under_fsdp() -> dict[str, Any]:
+    """13 rows over 2 x 2: tensor parallelism cuts 7 and 6, fully_shard cuts these."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model: Any = nn.Sequential(nn.Linear(3, 13, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.arange(39.0).reshape(13, 3))
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel()})
+    local = fsdp_shards(fully_shard(model, mesh=mesh["dp"]))
+    return _check(local, {"0.weight": torch.arange(39.0).reshape(13, 3)})
 
 
 def attach_memory() -> dict[str, int]:
@@ -343,6 +420,44 @@ def mixtral_rebuilt() -> dict[str, Any]:
     return _rebuilt(MixtralForCausalLM, MixtralConfig(**_HF, num_local_experts=5))
 
 
+def hsdp_rebuilt() -> dict[str, Any]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    config = LlamaConfig(**_HF, tie_word_embeddings=True)
+    return _rebuilt(LlamaForCausalLM, config, lambda model: _sharded(model, model.model.layers, mesh=mesh))
+
+
+def tensor_parallel_under_fsdp_rebuilt() -> dict[str, Any]:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    plan: dict[str, Any] = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+    plan |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
+    plan |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+
+    def shard(model: Any) -> Any:
+        for layer in model.model.layers:
+            parallelize_module(layer, mesh["tp"], plan)
+        return _sharded(model, model.model.layers, mesh=mesh["dp"])
+
+    config = LlamaConfig(**{**_HF, "num_key_value_heads": 2}, tie_word_embeddings=False)
+    # Ranks of one tensor-parallel group see the same data, or their replicas drift apart.
+    return _rebuilt(LlamaForCausalLM, config, shard, data_rank=mesh.get_local_rank("dp"))
+
+
+def flat_rebuilt() -> dict[str, Any]:
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    def shard(model: Any) -> Any:
+        return _flat(model, auto_wrap_policy=ModuleWrapPolicy({LlamaDecoderLayer}))
+
+    return _rebuilt(LlamaForCausalLM, LlamaConfig(**_HF, tie_word_embeddings=True), shard)
+
+
 _HF: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
@@ -350,14 +465,26 @@ _HF: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _rebuilt(model_class: Any, config: Any) -> dict[str, Any]:
-    """Train under FSDP, put a checkpoint together from the live regions alone, and compare logits."""
+def _rebuilt(
+    model_class: Any, config: Any, shard: Any = None, data_rank: int | None = None
+) -> dict[str, Any]:
+    """Put a checkpoint together from the live regions alone and compare logits; train, and do so again."""
     torch.manual_seed(3)
     model = model_class(config)
     saved = _saved_names(model)
-    _sharded(model, model.model.layers)
+    model = shard(model) if shard else _sharded(model, model.model.layers)
     local = fsdp_shards(model)
-    _train(model, 2, vocab=50)
+    found: dict[str, Any] = {}
+    for when, num_steps in (("at first", 0), ("after steps", 3)):
+        _train(model, num_steps, vocab=50, data_rank=data_rank)
+        found[when] = _compare_logits(model, local, model_class, config, saved)
+    regions = sorted((shard.spec.name, str(shard.region)) for shard in local.shards)
+    return {**found, "regions": regions, "config": {**config.to_dict(), "dtype": "float32"}}
+
+
+def _compare_logits(
+    model: Any, local: LocalShards, model_class: Any, config: Any, saved: set[str]
+) -> dict[str, bool]:
     ids = torch.arange(12).reshape(2, 6)
     with torch.no_grad():
         expected = model(ids).logits
@@ -366,12 +493,9 @@ def _rebuilt(model_class: Any, config: Any) -> dict[str, Any]:
     tensors = _assemble([piece for rank in pieces for piece in rank])
     with tempfile.TemporaryDirectory() as directory:
         got = _load(model_class, config, tensors, Path(directory))(ids).logits
-    return {
-        "same_names": set(tensors) == saved,
-        "same_logits": torch.equal(got, expected),
-        "regions": sorted((shard.spec.name, str(shard.region)) for shard in local.shards),
-        "config": {**config.to_dict(), "dtype": "float32"},
-    }
+    # Tensor parallelism adds up in another order; a wrong region is off by 1e-2 and more.
+    close = torch.allclose(got, expected, atol=1e-5, rtol=1e-4)
+    return {"same_names": set(tensors) == saved, "same_logits": close}
 
 
 def _saved_names(model: Any) -> set[str]:

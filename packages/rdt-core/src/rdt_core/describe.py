@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ class Described:
     windows: Mapping[str, torch.Tensor]
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.bfloat16`` -> ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
@@ -39,6 +41,8 @@ def span_bytes(data: torch.Tensor) -> tuple[int, int]:
     """Half-open byte range that ``data`` touches in its storage."""
     itemsize = data.element_size()
     start = int(data.storage_offset()) * itemsize
+    if data.is_contiguous():
+        return start, start + data.numel() * itemsize
     last = sum((int(size) - 1) * int(stride) for size, stride in zip(data.shape, data.stride(), strict=True))
     return start, start + (last + 1) * itemsize if data.numel() else start
 

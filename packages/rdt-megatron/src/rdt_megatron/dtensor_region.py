@@ -3,6 +3,10 @@
 DTensor's own answer gives the first index in every dim only, which is wrong without notice where a rank
 holds several separate runs of rows (``_StridedShard`` on an uneven size). Here the runs themselves are
 cut, and anything but one box is refused.
+
+FSDP over tensor parallelism is the exception. ``fully_shard`` cuts what tensor parallelism left, and writes
+that down as a strided shard; on sizes that do not divide (13 rows over 3 x 2 ranks) a strided shard means
+other rows than it cut. Memory holds what was cut, so that is what counts here.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
 _Runs = list[tuple[int, int]]
+_Axis = tuple[int, int, int]  # number of ranks, this rank's index, split factor
 
 
 class NotOneBoxError(ValueError):
@@ -36,23 +41,51 @@ def held_region(
         shape: the tensor's GLOBAL shape, in elements.
         mesh_shape: number of ranks along each mesh axis.
         coordinate: of the rank, one index a mesh axis.
-        placements: one a mesh axis, applied from left to right as DTensor does.
+        placements: one a mesh axis, applied from left to right as DTensor does; on a dim that ``fully_shard``
+            cut after tensor parallelism, from right to left.
 
     Raises:
         NotOneBoxError: the elements are separate runs, or a placement is neither a shard nor a replica.
     """
     runs: list[_Runs] = [[(0, size)] for size in shape]
+    for dim, axes in _axes_by_dim(mesh_shape, coordinate, placements).items():
+        for axis in axes:
+            runs[dim] = _cut(runs[dim], *axis)
+    if not all(runs):
+        return Region(tuple(shape), tuple(shape))
+    boxes = [_only_run(held, size) for held, size in zip(runs, shape, strict=True)]
+    return Region(tuple(start for start, _ in boxes), tuple(stop for _, stop in boxes))
+
+
+def _axes_by_dim(
+    mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
+) -> dict[int, list[_Axis]]:
+    """The mesh axes that cut each dim, in the order in which they did."""
+    by_dim: dict[int, list[_Axis]] = {}
     for num_ranks, index, placement in zip(mesh_shape, coordinate, placements, strict=True):
         if placement.is_replicate():
             continue
         dim = getattr(placement, "dim", None)
         if dim is None:
             raise NotOneBoxError(f"placement {placement} is neither a shard nor a replica")
-        runs[dim] = _cut(runs[dim], num_ranks, index, int(getattr(placement, "split_factor", 1)))
-    if not all(runs):
-        return Region(tuple(shape), tuple(shape))
-    boxes = [_only_run(held, size) for held, size in zip(runs, shape, strict=True)]
-    return Region(tuple(start for start, _ in boxes), tuple(stop for _, stop in boxes))
+        by_dim.setdefault(dim, []).append((num_ranks, index, int(getattr(placement, "split_factor", 1))))
+    return {dim: _innermost_first(axes) if _is_fsdp_over_tp(axes) else axes for dim, axes in by_dim.items()}
+
+
+def _is_fsdp_over_tp(axes: Sequence[_Axis]) -> bool:
+    """Whether every strided cut is into as many parts as the cuts right of it make."""
+    num_right, is_strided = 1, False
+    for num_ranks, _, split_factor in reversed(axes):
+        if split_factor != 1:
+            if split_factor != num_right:
+                return False
+            is_strided = True
+        num_right *= num_ranks
+    return is_strided
+
+
+def _innermost_first(axes: Sequence[_Axis]) -> list[_Axis]:
+    return [(num_ranks, index, 1) for num_ranks, index, _ in reversed(axes)]
 
 
 def _cut(runs: _Runs, num_ranks: int, index: int, split_factor: int) -> _Runs:

@@ -1,56 +1,52 @@
-"""The exporter for PyTorch FSDP2: ``fully_shard``, HSDP, FSDP with tensor parallelism, and plain replicas."""
+"""The exporter for what PyTorch itself shards: FSDP2 and HSDP, with tensor parallelism, FSDP1, replicas."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from rdt_core.errors import UnsupportedLayoutError
 from rdt_core.local_shards import LocalShard, LocalShards
-from rdt_core.manifest import TensorSpec
 from rdt_core.region import Region
 from rdt_megatron.dtensor_region import NotOneBoxError, held_region
-from rdt_megatron.hf_names import UnknownFamilyError, split_parameter
+from rdt_megatron.fsdp1 import FlatShards
 from rdt_megatron.names import strip_wrappers
+from rdt_megatron.part import Part, shards_of
+from rdt_megatron.readable import check_readable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from rdt_megatron.hf_names import Piece
-
-_EXPORTED_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+    from collections.abc import Callable, Iterator, Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class _Parameter:
-    """One parameter, and the module attribute that it is looked up by.
+class _Finder:
+    """Finds the local tensor that the optimizer writes, by the module attribute it is looked up under.
 
     Args:
-        name: in the bare model.
+        module: that has the parameter.
+        attribute: its name there.
         tensor: the parameter as it was when described; a DTensor when it is sharded.
-        region: what this rank holds of it.
     """
 
-    name: str
-    module: nn.Module
-    attribute: str
-    tensor: torch.Tensor
-    region: Region
+    __slots__ = ("_attribute", "_slot", "_tensor")
 
-    def current(self) -> torch.Tensor:
-        """The local tensor that the optimizer writes now.
+    def __init__(self, module: nn.Module, attribute: str, tensor: torch.Tensor) -> None:
+        self._slot, self._attribute, self._tensor = module._parameters, attribute, tensor  # noqa: SLF001  as nn.Module looks it up
+
+    def __call__(self) -> torch.Tensor:
+        """The tensor now.
 
         While FSDP has the group gathered (the root stays so after an evaluation), the attribute holds a
         passing copy or a shard on a smaller mesh; the parameter that the optimizer knows is the first one.
         """
-        found = getattr(self.module, self.attribute)
-        return _local(found if _same_layout(found, self.tensor) else self.tensor)
+        found = self._slot.get(self._attribute)
+        if found is None or found is self._tensor:
+            return _local(self._tensor)
+        return _local(found if _same_layout(found, self._tensor) else self._tensor)
 
 
 def fsdp_shards(
@@ -61,19 +57,20 @@ def fsdp_shards(
 ) -> LocalShards:
     """Describe the parameters that this trainer rank holds, where they lie.
 
-    Called in every trainer rank, between steps (not inside a forward or backward), after ``fully_shard``
-    and after the model has its final dtype and device. Nothing is gathered, copied or communicated.
+    Called in every trainer rank, between steps (not inside a forward or backward), after ``fully_shard``,
+    ``FullyShardedDataParallel`` or ``DistributedDataParallel`` and after the model has its final dtype and
+    device. Nothing is gathered, copied or communicated.
     Groups that FSDP has left unsharded are resharded first (``FSDPModule.reshard``), so their next forward
     gathers again, in every rank.
 
     Under ``MixedPrecisionPolicy`` the shards are the high-precision ones that the optimizer writes. Tied
     parameters appear once, under the name that ``named_parameters`` gives. A parameter that is not sharded
     is exported whole by every rank that holds it; all of them must hold equal values. Buffers are not
-    exported.
+    exported. FSDP1 cuts parameters anywhere; its ranks hold up to three boxes of a matrix.
 
     Args:
-        model: what ``fully_shard`` returned, or any module that holds it; torch.compile, activation
-            checkpointing and DistributedDataParallel wrappers are looked through.
+        model: what was sharded, or any module that holds it; torch.compile, activation checkpointing and
+            DistributedDataParallel wrappers are looked through.
         names: from a parameter's name in the bare model to its checkpoint name, where they differ. Fused
             experts of transformers models are named after this, by ``rdt_megatron.hf_names``.
         process_group: all trainer ranks; by default the whole world, or this process alone when
@@ -84,15 +81,16 @@ def fsdp_shards(
             engine could read it.
     """
     rank, world_size = _place(process_group)
-    _reshard(model, rank)
+    _reshard(model)
+    model_type = _model_type(model)
     shards: list[LocalShard] = []
-    sources: list[tuple[_Parameter, int]] = []
+    sources: list[tuple[Callable[[], torch.Tensor], int]] = []
     with torch.no_grad():
-        for parameter in _parameters(model, rank):
-            found = list(_shards_of(parameter, names, _model_type(model), rank))
-            base = parameter.current().data_ptr()
+        for part in _parts(model, rank):
+            found = list(shards_of(part, names, model_type, rank))
+            base = part.find().data_ptr()
             shards += found
-            sources += [(parameter, shard.data.data_ptr() - base) for shard in found]
+            sources += [(part.find, shard.data.data_ptr() - base) for shard in found]
     return LocalShards(
         rank=rank, world_size=world_size, shards=tuple(shards), locate=lambda: _locate(sources)
     )
@@ -104,16 +102,9 @@ def _place(process_group: dist.ProcessGroup | None) -> tuple[int, int]:
     return dist.get_rank(process_group), dist.get_world_size(process_group)
 
 
-def _reshard(model: nn.Module, rank: int) -> None:
-    """Put every FSDP group's sharded parameters back on its modules. No collective."""
-    for prefix, module in model.named_modules():
-        if isinstance(module, FullyShardedDataParallel):
-            raise UnsupportedLayoutError(
-                strip_wrappers(prefix) or "the model",
-                rank,
-                "FullyShardedDataParallel keeps it in a flat tensor that cuts through rows",
-                "Shard the model with torch.distributed.fsdp.fully_shard (FSDP2).",
-            )
+def _reshard(model: nn.Module) -> None:
+    """Put every FSDP2 group's sharded parameters back on its modules. No collective."""
+    for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
@@ -127,19 +118,24 @@ def _model_type(model: nn.Module) -> str | None:
     return None
 
 
-def _parameters(model: nn.Module, rank: int) -> Iterator[_Parameter]:
-    """Every parameter of which this rank holds an element; tied ones once."""
+def _parts(model: nn.Module, rank: int) -> Iterator[Part]:
+    """Every box that this rank holds of a parameter; tied parameters once."""
+    flat = FlatShards(model, rank)
+    for part in flat.parts():
+        check_readable(part.find(), part.name, rank)
+        yield part
     seen: set[int] = set()
     for prefix, module in model.named_modules():
-        for attribute, tensor in module.named_parameters(recurse=False):
-            if id(tensor) in seen:
+        for attribute, tensor in module._parameters.items():  # noqa: SLF001  named_parameters takes 10 times longer
+            if tensor is None or id(tensor) in seen or flat.owns(module, attribute, tensor):
                 continue
             seen.add(id(tensor))
             name = strip_wrappers(f"{prefix}.{attribute}" if prefix else attribute)
             region = _region_of(tensor, name, rank)
             if region.num_elements:
-                _check_readable(tensor, name, rank)
-                yield _Parameter(name, module, attribute, tensor, region)
+                _check_place(tensor, name, rank)
+                check_readable(_local(tensor), name, rank)
+                yield Part(name, tuple(tensor.shape), region, _Finder(module, attribute, tensor))
 
 
 def _region_of(tensor: torch.Tensor, name: str, rank: int) -> Region:
@@ -169,76 +165,21 @@ def _region_of(tensor: torch.Tensor, name: str, rank: int) -> Region:
     return region
 
 
-def _check_readable(tensor: torch.Tensor, name: str, rank: int) -> None:
-    local = _local(tensor)
-    if type(local) not in (torch.Tensor, nn.Parameter) or local.dtype not in _EXPORTED_DTYPES:
-        raise UnsupportedLayoutError(
-            name,
-            rank,
-            f"its payload is a {type(local).__name__} of {local.dtype}",
-            "Quantized parameters are not exported: train in float16, bfloat16 or float32.",
-        )
-    if local.is_meta:
-        raise UnsupportedLayoutError(
-            name,
-            rank,
-            "it is on the meta device and has no memory",
-            "Materialize the model (to_empty and load, or init_weights) before attaching.",
-        )
-    if isinstance(tensor, DTensor) and local.device.type != tensor.device_mesh.device_type:
-        raise UnsupportedLayoutError(
-            name,
-            rank,
-            f"it is offloaded to {local.device} from a mesh of {tensor.device_mesh.device_type}",
-            "Call fully_shard without CPUOffloadPolicy.",
-        )
+def _check_place(tensor: torch.Tensor, name: str, rank: int) -> None:
+    if isinstance(tensor, DTensor) and not tensor.is_meta:
+        local = _local(tensor)
+        if local.device.type not in (tensor.device_mesh.device_type, "meta"):
+            raise UnsupportedLayoutError(
+                name,
+                rank,
+                f"it is offloaded to {local.device} from a mesh of {tensor.device_mesh.device_type}",
+                "Call fully_shard without CPUOffloadPolicy.",
+            )
 
 
-def _shards_of(
-    parameter: _Parameter, names: Callable[[str], str] | None, model_type: str | None, rank: int
-) -> Iterator[LocalShard]:
-    """The checkpoint tensors of which this rank's part of a parameter holds something."""
-    name = names(parameter.name) if names else parameter.name
-    try:
-        for piece in split_parameter(name, tuple(parameter.tensor.shape), model_type):
-            shard = _shard_of(parameter, piece)
-            if shard is not None:
-                yield shard
-    except UnknownFamilyError as error:
-        raise UnsupportedLayoutError(
-            parameter.name, rank, str(error), "Add one to rdt_megatron.hf_names.FAMILIES."
-        ) from error
-
-
-def _shard_of(parameter: _Parameter, piece: Piece) -> LocalShard | None:
-    held = parameter.region.intersect(piece.region) if parameter.region.start else parameter.region
-    if held is None:
-        return None
-    data = parameter.current().detach()
-    for dim, size in enumerate(held.shape):
-        data = data.narrow(dim, held.start[dim] - parameter.region.start[dim], size)
-    region, shape = _relative(held, piece.region), piece.region.shape
-    if piece.drops_leading_dim:
-        data, region, shape = data[0], Region(region.start[1:], region.stop[1:]), shape[1:]
-    return LocalShard(
-        spec=TensorSpec(piece.name, shape, str(data.dtype).removeprefix("torch.")),
-        region=region,
-        data=data,
-        owner=parameter.name,
-    )
-
-
-def _relative(region: Region, origin: Region) -> Region:
-    """``region`` in coordinates that begin where ``origin`` does."""
-    return Region(
-        tuple(a - o for a, o in zip(region.start, origin.start, strict=True)),
-        tuple(b - o for b, o in zip(region.stop, origin.start, strict=True)),
-    )
-
-
-def _locate(sources: list[tuple[_Parameter, int]]) -> tuple[int, ...]:
+def _locate(sources: Sequence[tuple[Callable[[], torch.Tensor], int]]) -> tuple[int, ...]:
     with torch.no_grad():
-        return tuple(parameter.current().data_ptr() + offset for parameter, offset in sources)
+        return tuple(find().data_ptr() + offset for find, offset in sources)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

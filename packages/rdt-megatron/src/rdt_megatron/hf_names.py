@@ -52,11 +52,13 @@ class Piece:
         name: checkpoint name.
         region: where it lies in the parameter.
         drops_leading_dim: whether the checkpoint tensor lacks the parameter's first dim.
+        is_whole: whether it is the parameter as it is.
     """
 
     name: str
     region: Region
     drops_leading_dim: bool = False
+    is_whole: bool = False
 
 
 class UnknownFamilyError(ValueError):
@@ -103,7 +105,7 @@ def split_parameter(name: str, shape: tuple[int, ...], model_type: str | None) -
             raise UnknownFamilyError(
                 f"the parameter holds several experts and model type {model_type!r} has no rule for it"
             )
-        yield Piece(_rename(name, family), Region.whole(shape))
+        yield Piece(_rename(name, family), Region.whole(shape), is_whole=True)
         return
     prefix = name.removesuffix(fused.parameter)
     num_experts, rows, columns = shape

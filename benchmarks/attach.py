@@ -1,0 +1,92 @@
+"""What describing a trainer rank costs, against the number of its parameters: seconds and memory.
+
+    python benchmarks/attach.py --json benchmarks/results/attach-cpu.json
+
+Every size is measured in a process of its own: the exporter on a module of that many small parameters, the
+manifest, its bytes on the wire, and the address check of one ``publish``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rdt_core.describe import describe_trainer
+from rdt_core.wire import manifest_to_bytes
+from rdt_megatron import fsdp_shards
+
+SIZES = (1_000, 10_000, 30_000, 100_000)
+
+
+def measure(num_parameters: int) -> dict[str, Any]:
+    """One row: CPU seconds of this process by phase, and how far its resident memory grew."""
+    model = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(num_parameters)])
+    before_bytes = resident_bytes()
+    began_s = time.process_time()
+    local = fsdp_shards(model)
+    exported_s = time.process_time()
+    described = describe_trainer(local)
+    described_s = time.process_time()
+    wire = manifest_to_bytes(described.manifest)
+    packed_s = time.process_time()
+    local.locate()
+    located_s = time.process_time()
+    return {
+        "num_parameters": num_parameters,
+        "export_s": exported_s - began_s,
+        "describe_s": described_s - exported_s,
+        "wire_s": packed_s - described_s,
+        "attach_s": packed_s - began_s,
+        "address_check_s": located_s - packed_s,
+        "memory_bytes": resident_bytes() - before_bytes,
+        "manifest_bytes": len(wire),
+    }
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def main() -> None:
+    """Measure every size and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only is not None:
+        sys.stdout.write(json.dumps(measure(args.only)))
+        return
+    rows = [json.loads(subprocess.check_output([sys.executable, __file__, "--only", str(n)])) for n in SIZES]
+    result = {
+        "case": "attach",
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "load_average": os.getloadavg()[0],
+        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {"rdt-core": importlib.metadata.version("rdt-core")},
+        "results": rows,
+    }
+    text = json.dumps(result, indent=1)
+    if args.json is not None:
+        args.json.write_text(text + "\n")
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
