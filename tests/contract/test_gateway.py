@@ -26,7 +26,6 @@ from tests.areal_client import ArealClient, NewerArealClient
 from tests.contract.notes import Notes
 from tests.contract.world import expected_fingerprint
 from tests.integration.test_sync import fingerprint
-from tests.integration.toy_engine import ToyEngineModel
 from tests.local_group import LocalGroup, local_group, serve, wait_for
 
 if TYPE_CHECKING:
@@ -210,23 +209,6 @@ def test_a_read_that_fails_is_a_bad_gateway_and_the_engine_serves_on(
     assert failed.status_code == 502
     assert failed.json()["inference_weights_may_be_mutated"] is False
     assert fingerprint(engine) == before
-
-
-def test_a_commit_that_fails_says_that_weights_may_have_changed(
-    gateway: Gateway, pair: str, group: LocalGroup, engine: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def spoil(model: ToyEngineModel) -> None:
-        raise RuntimeError("a derived tensor cannot be computed")
-
-    version = group.write_and_publish()
-    with monkeypatch.context() as patched:
-        patched.setattr(ToyEngineModel, "finalize", spoil)
-        failed = gateway.update(pair, version)
-    assert failed.status_code == 500
-    assert "derived tensor" in failed.json()["error"]
-    assert failed.json()["inference_weights_may_be_mutated"] is True
-    assert gateway.update(pair, version).status_code == 200
-    assert fingerprint(engine) == expected_fingerprint(version)
 
 
 @pytest.mark.parametrize("version", [0, -1])

@@ -127,7 +127,6 @@ def test_driver_and_engine_spans_of_a_sync_are_one_trace(group: LocalGroup) -> N
             "rdt.prepare",
             "rdt.commit",
             "rdt.engine.prepare",
-            "rdt.engine.read",
             "rdt.engine.commit",
         }
     ], named

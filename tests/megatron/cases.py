@@ -15,7 +15,9 @@ from tests.megatron import cpu_shim
 
 cpu_shim.install()
 
-from rdt_megatron import megatron_shards  # noqa: E402  # Megatron is imported after the shim
+from megatron.core.transformer.moe import experts  # noqa: E402  # Megatron is imported after the shim
+
+from rdt_megatron import megatron_shards  # noqa: E402
 from tests.megatron import starcoder2  # noqa: E402
 from tests.megatron.configurations import CONFIGURATIONS  # noqa: E402
 from tests.megatron.hf_models import hf_config, logits_of  # noqa: E402
@@ -40,6 +42,8 @@ def export(c: Configuration, trainer: Trainer, hf: Any) -> LocalShards:
 def rebuild_before_and_after_training(name: str) -> dict[str, Any]:
     """The description taken before training must give a model of equal logits then and after three steps."""
     c = CONFIGURATIONS[name]
+    if c.experts == "stacked" and not hasattr(experts, "GroupedMLP"):
+        return {"skipped": "this version of Megatron-core has no GroupedMLP"}
     torch.manual_seed(0)
     hf = hf_config(c)
     trainer = start_trainer(c, hf)

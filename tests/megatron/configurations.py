@@ -17,7 +17,7 @@ class Configuration:
         sequence_parallel: as Megatron wants it for training experts under tensor parallelism.
         is_tied: whether embedding and output share memory.
         num_kv_heads: key and value heads.
-        vocab: rows of the checkpoint's embedding; Megatron's is padded to the next multiple of 128.
+        vocab: rows of the checkpoint's embedding; Megatron's is padded to a multiple of 128 a tp rank.
         first_stage_layers: layers of the first pipeline stage, where stages are uneven.
         distributed_optimizer: whether parameters lie in the optimizer's own buffer.
         overlap_param_gather: whether the gather of parameters is put off to the next forward.

@@ -302,7 +302,7 @@ def build_chunk(c: Configuration, config: Any, hf: Any, stage: int) -> Any:
     return GPTModel(
         config=config,
         transformer_layer_spec=spec,
-        vocab_size=-(-c.vocab // 128) * 128,
+        vocab_size=_pad(c.vocab, 128 * c.tp),
         max_sequence_length=MAX_POSITIONS,
         pre_process=is_first(**where),
         post_process=is_last(**where),
@@ -311,6 +311,11 @@ def build_chunk(c: Configuration, config: Any, hf: Any, stage: int) -> Any:
         rotary_base=ROPE_BASE,
         vp_stage=stage if c.vpp else None,
     )
+
+
+def _pad(size: int, multiple: int) -> int:
+    """Rows of an embedding as Megatron-LM's scripts choose them."""
+    return -(-size // multiple) * multiple
 
 
 def _use_own_parts(layer: Any, *, is_latent: bool) -> None:

@@ -18,7 +18,7 @@ BEGIN, END = "<!-- begin: written by tests/megatron/page.py -->", "<!-- end -->"
 def make_tables() -> str:
     """Both tables, as Markdown."""
     tested = [
-        f"| {name} | {c.family} | {'direct' if c.is_direct else 'direct; experts transposed'} | {c.proof} |"
+        f"| {name} | {c.family} | {'direct' if c.is_direct else 'direct; experts pack'} | {c.proof} |"
         for name, c in CONFIGURATIONS.items()
     ]
     refused = [

@@ -44,6 +44,8 @@ def test_a_model_rebuilt_from_live_views_gives_equal_logits_before_and_after_tra
     c = CONFIGURATIONS[name]
     answers = world_of(c.num_ranks).run("rebuild_before_and_after_training", name, timeout_s=_TIMEOUT_S)
     for rank, answer in enumerate(answers):
+        if "skipped" in answer:
+            pytest.skip(answer["skipped"])
         assert answer["unchanged"] == []
         assert answer["is_direct"] == c.is_direct
         if is_known(c):

@@ -17,13 +17,21 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-# Megatron trains experts under tensor parallelism only where it cuts the sequence as well.
-SIZES = {"tp": 2, "pp": 2, "etp": 2, "sequence_parallel": True, "distributed_optimizer": True}
+# Megatron trains experts under tensor parallelism only where it cuts the sequence as well. Stacked experts
+# lie transposed in the trainer, so that an arena packs them.
+SIZES = {
+    "tp": 2,
+    "pp": 2,
+    "etp": 2,
+    "sequence_parallel": True,
+    "experts": "stacked",
+    "distributed_optimizer": True,
+}
 
 
 @pytest.mark.parametrize("case", ["tp2-moe"], indirect=True)
 def test_every_version_arrives_byte_by_byte_and_the_engine_goes_on_as_the_trainer_would(
-    server: Server, family: str, ray_address: str, checkpoint: Callable[[str, int], Path], tmp_path: Path
+    ray_address: str, server: Server, family: str, checkpoint: Callable[[str, int], Path], tmp_path: Path
 ) -> None:
     with attached_ranks(ray_address, checkpoint(family, 0), tmp_path, **SIZES) as (group, ranks):
         first = next_version(server)

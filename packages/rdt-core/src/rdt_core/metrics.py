@@ -14,13 +14,13 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from rdt_core.errors import RdtError
+from rdt_core.errors import ConfigError, RdtError
 
 try:
     import prometheus_client
     from prometheus_client.core import GaugeMetricFamily
 except ImportError as error:
-    raise ImportError(
+    raise ConfigError(
         f"metrics need prometheus_client, which this Python does not have ({error}). Install it with "
         "`pip install 'rdt-core[metrics]'`."
     ) from error

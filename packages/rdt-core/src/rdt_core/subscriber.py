@@ -7,7 +7,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from rdt_core import ray_session, tracing
+from rdt_core import ray_session
 from rdt_core.client import CoordinatorClient, RayChannel
 from rdt_core.connection import Connection, ConnectRequest, open_connection
 from rdt_core.coordinator import Outcome
@@ -143,12 +143,10 @@ class WeightSubscriber:
         """
         number = self._life.begin_read(version)
         connection = self._connected("prepare")
-        parent = tracing.traceparent()
 
         def read() -> None:
             try:
-                with tracing.span("rdt.engine.read", parent=parent, rank=self._model.rank, version=version):
-                    self._read(connection, number, version, timeout_s, verify)
+                self._read(connection, number, version, timeout_s, verify)
                 outcome = Outcome({"version": version, "prepare_s": connection.read_s})
             except RdtError as error:
                 outcome = Outcome(error=error)

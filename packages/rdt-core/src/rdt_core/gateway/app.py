@@ -157,7 +157,7 @@ def _make_pair_router(pairs: Pairs, store: MetaStore, settings: GatewaySettings)
             return _describe_update(await _result(update))
         except RdtError as error:
             duration_ms = (time.perf_counter() - started) * 1e3
-            mutated = pair is not None and pair.may_be_mutated
+            mutated = pair is not None and pair.failed_phase == "commit"
             fields = update_error_fields(body.version, duration_ms, may_be_mutated=mutated)
             return error_answer(error, more=fields)
 

@@ -67,11 +67,6 @@ class PairNotes:
         """Oldest first."""
         return list(self._last)
 
-    def has_begun_commit(self, version: int) -> bool:
-        """Whether the last sync was of this version and failed in its commit."""
-        last = self._last[-1] if self._last else None
-        return isinstance(last, SyncFailure) and (last.version, last.phase) == (version, "commit")
-
     def on_connected(self, group: str, engines: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """Nothing to keep: the driver knows its engines."""
 
@@ -119,7 +114,7 @@ class Pair:
         self._workers = workers
         self._init_timeout_s = init_timeout_s
         self._notes = PairNotes()
-        self._may_be_mutated = False
+        self._failed_phase = ""
         self._lock = threading.Lock()
         self._running: _Running | None = None
         self._last: UpdateResult | None = None
@@ -182,9 +177,9 @@ class Pair:
         return self._closing is not None
 
     @property
-    def may_be_mutated(self) -> bool:
-        """Whether engines may hold other weights than before the last update that was begun."""
-        return self._may_be_mutated
+    def failed_phase(self) -> str:
+        """The phase in which the last update failed; empty when it did not, or its sync did not begin."""
+        return self._failed_phase
 
     @property
     def last(self) -> UpdateResult | None:
@@ -237,17 +232,17 @@ class Pair:
     def _update(self, version: int, mode: str | None, kv_cache: str, timeout_s: float) -> UpdateResult:
         sync = self.connected.result(timeout=0)
         started = time.perf_counter()
-        self._may_be_mutated = False
+        self._failed_phase = ""
         try:
             if self._workers is not None:
                 self._workers.publish(self.spec.name, version, timeout_s)
             published = time.perf_counter()
-            # Until the driver has told that it did not come as far as its commit.
-            self._may_be_mutated = True
             report = sync.update(version, mode=mode, kv_cache=kv_cache, timeout_s=timeout_s)
         except RdtError as error:
             self._last_error = str(error)
-            self._may_be_mutated = self._notes.has_begun_commit(version)
+            ended = self._notes.history[-1:]
+            if ended and isinstance(ended[0], SyncFailure) and ended[0].version == version:
+                self._failed_phase = ended[0].phase
             raise
         result = UpdateResult(
             report=report, publish_s=published - started, seconds=time.perf_counter() - started
