@@ -101,7 +101,7 @@ def test_plan_writes_a_heat_map_of_every_pair_that_meets(config: str, tmp_path: 
     [
         (("manifest",), "MODEL_CONFIG or --preset"),
         (("manifest", "--preset", "qwen3-0.6b", "config.json"), "MODEL_CONFIG or --preset"),
-        (("manifest", "--preset", "qwen3-0.6b", "--trainer", "megatron:xp=2"), "megatron takes tp"),
+        (("manifest", "--preset", "qwen3-0.6b", "--trainer", "megatron:xp=2"), "It takes tp"),
         (("manifest", "--preset", "qwen3-0.6b", "--rank", "9"), "--rank 9"),
         (("plan", "--preset", "qwen3-0.6b", "--rank", "1"), "--rank 1"),
         (

@@ -76,7 +76,9 @@ def test_a_call_reaches_the_coordinator_and_its_errors_come_back_with_their_type
 def test_outcomes_cross_with_their_keys_values_and_errors(line: Line) -> None:
     call(line, "report_prepared", "http://a", 0, "1:x", Outcome({"prepare_s": 0.5}))
     call(line, "report_prepared", "http://a", 1, "1:x", Outcome(error=SupersededError(1, 2)))
-    outcomes = call(line, "wait_prepared", "1:x", [("http://a", 0), ("http://a", 1)], 30.0)
+    call(line, "publish", 0, "a", 1)
+    members, life = [("http://a", 0), ("http://a", 1)], call(line, "check_version", 1)
+    outcomes = call(line, "wait_prepared", "1:x", members, life, 30.0)
     assert isinstance(outcomes, dict)
     assert outcomes["http://a", 0] == Outcome({"prepare_s": 0.5})
     assert isinstance(outcomes["http://a", 1].error, SupersededError)

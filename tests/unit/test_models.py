@@ -251,7 +251,7 @@ def test_a_trainer_layout_that_does_not_divide_is_refused_with_the_sizes(text: s
     ("text", "complaint"),
     [
         ("deepspeed:dp=2", "expected one of megatron, fsdp"),
-        ("megatron:xp=2", "takes tp, pp, cp"),
+        ("megatron:xp=2", "It takes tp, pp, cp"),
         ("megatron:tp=two", "an integer of 1 or more"),
         ("megatron:tp=0", "an integer of 1 or more"),
         ("megatron:tp", "an integer of 1 or more"),

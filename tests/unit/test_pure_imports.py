@@ -7,6 +7,7 @@ import pytest
 
 PURE = (
     "rdt_core",
+    "rdt_core.cli.app",
     "rdt_core.arena",
     "rdt_core.choice",
     "rdt_core.coverage",

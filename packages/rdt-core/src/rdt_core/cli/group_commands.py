@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,8 +19,7 @@ from rdt_core.cli.output import (
     show_seconds,
 )
 from rdt_core.client import CoordinatorClient, RayChannel, list_groups
-from rdt_core.errors import NotPublishedError
-from rdt_core.sync import WeightSync
+from rdt_core.errors import ConfigError, NotPublishedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -129,6 +129,12 @@ def update(
     For a test or a repair: a training loop keeps a WeightSync. Do not use it on engines that another driver
     holds. An API key of the engines is read from RDT_API_KEY.
     """
+    if find_spec("torch") is None:
+        raise ConfigError(
+            "`rdt update` needs torch, which this Python does not have. Install it, or sync from the driver."
+        )
+    from rdt_core.sync import WeightSync  # noqa: PLC0415  the other commands run without torch
+
     key = settings.read_key(settings.API_KEY) or None
     with only_our_output():
         ray_session.join()

@@ -52,6 +52,11 @@ class MegatronAxes:
 class MegatronLayout:
     """The live parameters of every rank, under the default rank order tp-cp-ep-dp-pp.
 
+    Args:
+        model: that is trained.
+        axes: sizes of the parallel groups.
+        vocabulary_multiple: rows of the vocabulary are padded to a multiple of this times tp.
+
     Source: ``megatron/core/parallel_state.py`` (rank order), ``attention.py`` (linear_qkv holds query
     groups), ``mlp.py`` (linear_fc1 holds gate, then up), ``transformer_block.py`` (layers of a stage).
 
@@ -61,8 +66,10 @@ class MegatronLayout:
 
     side = "trainer"
 
-    def __init__(self, model: Model, axes: MegatronAxes) -> None:
-        self._model, self._axes = model, axes
+    def __init__(
+        self, model: Model, axes: MegatronAxes, *, vocabulary_multiple: int = VOCABULARY_MULTIPLE
+    ) -> None:
+        self._model, self._axes, self._vocabulary_multiple = model, axes, vocabulary_multiple
         self.world_size = axes.stage_size * axes.pp
         divide(axes.stage_size, axes.ep * axes.etp, "the number of ranks of a stage", "ep*etp")
         self._stages = _assign_layers(model.config.layers, axes)
@@ -113,7 +120,7 @@ class MegatronLayout:
 
     def _cut_vocabulary(self, unit: Vocabulary, tp_rank: int) -> Parameter:
         rows, columns = unit.spec.shape
-        padded = round_up(rows, VOCABULARY_MULTIPLE * self._axes.tp)
+        padded = round_up(rows, self._vocabulary_multiple * self._axes.tp)
         start, stop = block(padded, self._axes.tp, tp_rank, "padded vocabulary", "tp")
         spec, region = cut_dim(unit.spec, 0, start, stop)
         return Parameter(spec.name, ((spec, region),), padding=(stop - start) * columns - region.num_elements)

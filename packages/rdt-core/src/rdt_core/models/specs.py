@@ -65,8 +65,8 @@ def parse_spec(text: str, kinds: Mapping[str, tuple[str, ...]]) -> LayoutSpec:
     for item in filter(None, rest.split(",")):
         key, equals, value = item.partition("=")
         if key not in kinds[kind] or key in options:
-            what = "twice" if key in options else "no option"
-            raise ConfigError(f"layout {text!r} has {key!r} {what}. {kind} takes {', '.join(kinds[kind])}.")
+            what = f"gives {key!r} twice" if key in options else f"gives {key!r}, which {kind} does not have"
+            raise ConfigError(f"layout {text!r} {what}. It takes {', '.join(kinds[kind])}.")
         options[key] = _parse_value(text, key, equals, value)
     return LayoutSpec(kind, options)
 
