@@ -68,6 +68,7 @@ EXAMPLES: dict[str, tuple[object, ...]] = {
     "EngineRefusedError": ("http://10.0.0.2:8000", 401, "Unauthorized"),
     "UpdateFailedError": (3, "prepare", "http://10.0.0.2:8000", 1, "a read timed out"),
     "WindowMovedError": ("model.norm.weight", 3),
+    "ReplicaMismatchError": ("model.norm.weight", "[0:4]", 0, 2),
     "ArenaMemoryError": (4096, "cuda:0"),
     "DeadlineError": ("trainer rank 3", 30.0, "Raise timeout_s."),
 }

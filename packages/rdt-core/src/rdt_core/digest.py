@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+from rdt_core.errors import ReplicaMismatchError
+from rdt_core.region import Region
 
-    from rdt_core.region import Region
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 _CHUNK_ELEMENTS = 1 << 20
 _WORD = (1 << 64) - 1
@@ -106,6 +107,21 @@ def add_digests(parts: Iterable[RegionDigest]) -> dict[str, tuple[int, int, bool
             part.tensor not in torn,
         )
     return sums
+
+
+def check_replicas(by_rank: Mapping[int, Sequence[RegionDigest]]) -> None:
+    """That trainer ranks which hold one region hold the same bytes. Called by the driver's ``verify``.
+
+    Raises:
+        ReplicaMismatchError: two do not.
+    """
+    first: dict[tuple[str, Region], tuple[int, int]] = {}
+    for rank, digests in sorted(by_rank.items()):
+        for held in digests:
+            region = Region(tuple(held.start), tuple(held.stop))
+            other_rank, digest = first.setdefault((held.tensor, region), (rank, held.digest))
+            if digest != held.digest:
+                raise ReplicaMismatchError(held.tensor, str(region), other_rank, rank)
 
 
 def _as_vector(region: Region) -> Region:

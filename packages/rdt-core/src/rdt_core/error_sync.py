@@ -201,6 +201,19 @@ class WindowMovedError(RdtError):
         )
 
 
+class ReplicaMismatchError(RdtError):
+    """Two trainer ranks hold one region of a tensor with different bytes."""
+
+    def __init__(self, tensor: str, region: str, rank: int, other_rank: int) -> None:
+        self.tensor, self.region, self.rank, self.other_rank = tensor, region, rank, other_rank
+        super().__init__(
+            f"trainer ranks {rank} and {other_rank} both hold {tensor}{region}, with different bytes. "
+            "Engines read either. Look for gradients that are not reduced over all replicas, or for a rank "
+            "that was initialised or loaded otherwise.",
+            (tensor, region, rank, other_rank),
+        )
+
+
 class ArenaMemoryError(RdtError):
     """A trainer rank has no memory for what an engine asks it to lay out."""
 

@@ -50,6 +50,7 @@
     |   `-- EngineRefusedError
     |-- UpdateFailedError           a sync ended without a commit; the old version serves
     |-- WindowMovedError            a parameter's memory is no longer where it was attached
+    |-- ReplicaMismatchError        two trainer ranks hold one region with different bytes
     |-- ArenaMemoryError            a trainer rank has no memory for what an engine asks of it
     `-- DeadlineError               a wait ran out
 
@@ -105,6 +106,7 @@ from rdt_core.error_sync import (
     NotPublishedError,
     PullTimeoutError,
     ReleasedError,
+    ReplicaMismatchError,
     SourceDiedError,
     StaleVersionError,
     SupersededError,
@@ -149,6 +151,7 @@ __all__ = [
     "RayAuthError",
     "RdtError",
     "ReleasedError",
+    "ReplicaMismatchError",
     "SessionError",
     "ShapeError",
     "SourceDiedError",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rdt_core import choice, observer, ray_session, settings, tracing
 from rdt_core.client import CoordinatorClient, RayChannel
-from rdt_core.digest import RegionDigest, add_digests
+from rdt_core.digest import RegionDigest, add_digests, check_replicas
 from rdt_core.dtypes import itemsize_bytes
 from rdt_core.engine_http import EngineHttp
 from rdt_core.errors import (
@@ -266,6 +266,7 @@ class WeightSync:
 
         Raises:
             EngineError, DeadlineError: a side does not answer.
+            ReplicaMismatchError: two trainer ranks hold one region with different bytes.
             RdtError: a side cannot digest.
         """
         started, version = time.perf_counter(), self.version
@@ -411,6 +412,7 @@ class WeightSync:
     def _trainer_digests(self, dtypes: dict[str, str], timeout_s: float) -> dict[str, tuple[int, int, bool]]:
         ranks = [int(rank) for rank in self._client.status()["trainers"]]
         answers = self._client.ask("digest", dict.fromkeys(ranks, dtypes), timeout_s)
+        check_replicas(answers)
         return add_digests(digest for answer in answers.values() for digest in answer)
 
 
