@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from rdt_core import transports
+from rdt_core.client import CoordinatorClient
 from rdt_core.errors import RdtError, TransportError, TransportLiesError, TransportUnavailableError
 from rdt_core.sync import WeightSync
 from tests.contract.flawed import RefusesRankOne
@@ -56,6 +57,14 @@ def test_a_disconnect_makes_trainers_drop_what_they_exported(group: LocalGroup) 
         with group.connect(engine):
             assert exports_of(group) == [1, 1]
         wait_for(lambda: exports_of(group) == [0, 0])
+
+
+def test_an_engine_that_died_in_its_probe_can_come_back(group: LocalGroup) -> None:
+    with group.serve_engine() as engine:
+        asked = {"reader": f"{engine}#0", "transport": "memory", "secret": "of the dead", "version": 1}
+        CoordinatorClient(group.channel).ask("probe", {0: asked}, 60.0)
+        with group.connect(engine) as sync:
+            assert sync.update(group.write_and_publish()).num_tensors > 0
 
 
 def test_a_transport_that_lies_is_refused_at_connect_by_name(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from rdt_core import WeightSync
 from rdt_core.errors import PullTimeoutError, SourceDiedError, TransportError, TransportUnavailableError
 from rdt_core.transports.offers import offered_transports
 from rdt_core.transports.yr import REQUEST_TIMEOUT_MS, YrTransport
 from tests.contract.sources import LocalSource
 from tests.data_workers import data_workers, find_free_ports
+from tests.local_group import local_group
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,6 +97,23 @@ def test_a_closed_export_leaves_nothing_in_the_store(source: LocalSource, reader
     source.close()
     with pytest.raises(SourceDiedError):
         link.pull(0, timeout_s=TIMEOUT_S)
+
+
+def test_a_whole_sync_goes_through_the_store(
+    two_data_workers: list[DataWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in two_data_workers[0].env.items():
+        monkeypatch.setenv(name, value)
+    with contextlib.ExitStack() as stack:
+        group = stack.enter_context(local_group())
+        engine = stack.enter_context(group.serve_engine())
+        sync = stack.enter_context(
+            WeightSync.connect(group.name, [engine], transport="yr", channel=group.channel)
+        )
+        for _ in range(2):
+            report = sync.update(group.write_and_publish())
+            assert sync.verify().bytes_equal
+            assert report.ranks[0].transports == {0: "yr", 1: "yr"}
 
 
 def test_a_store_without_room_is_an_error_that_names_the_option(two_data_workers: list[DataWorker]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rdt_core.arena import ARENA_WINDOW, items_from_wire
 from rdt_core.arena_memory import Arenas
 from rdt_core.digest import digest_bytes
-from rdt_core.probe import ProbeSource, Scratch
+from rdt_core.probe import ROUNDS, ProbeSource, Scratch
 from rdt_core.transports import make_transport
 
 if TYPE_CHECKING:
@@ -79,14 +79,16 @@ class Exports:
 
     def probe(self, payload: Mapping[str, Any]) -> object:
         """Write one round of a reader's probe and return the ticket of its scratch buffer."""
-        reader = str(payload["reader"])
+        reader, name, version = str(payload["reader"]), str(payload["transport"]), int(payload["version"])
+        if version == ROUNDS[0]:
+            # The reader may have died in an earlier probe and be back.
+            self.drop(payload)
         source = self._probes.get(reader)
         if source is None:
-            name = str(payload["transport"])
             idle = self._scratch.setdefault(name, [])
             scratch = idle.pop() if idle else Scratch(self._transport(name), self._device)
             source = self._probes[reader] = ProbeSource(self._transport(name), scratch)
-        return source.write(str(payload["secret"]), int(payload["version"]))
+        return source.write(str(payload["secret"]), version)
 
     def open(self, payload: Mapping[str, Any]) -> object:
         """Offer byte ranges to a reader, in place of all that it had before; returns the ticket.
