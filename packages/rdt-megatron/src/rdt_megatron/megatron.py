@@ -14,8 +14,9 @@ from rdt_core.manifest import TensorSpec
 from rdt_megatron.compat import settle_expert_bias, sync_parameters
 from rdt_megatron.families import UnknownModelTypeError, find_family
 from rdt_megatron.geometry import ParameterShapeError, pieces_of, tensor_name
-from rdt_megatron.megatron_model import check_readable, coordinate_of, held_by, unwrap, wrappers_of
+from rdt_megatron.megatron_model import check_contiguous, coordinate_of, held_by, unwrap, wrappers_of
 from rdt_megatron.model_config import field_of, find_objection, sizes_of
+from rdt_megatron.readable import check_readable
 from rdt_megatron.rules import RuleIndex
 from rdt_megatron.world import rank_and_size
 
@@ -107,7 +108,8 @@ class _Exporter:
             if not any(fnmatchcase(held.name, pattern) for pattern in self._skip):
                 tensor = held.tensor.detach() if type(held.tensor) is nn.Parameter else held.tensor
                 device = device or tensor.device
-                check_readable(held.name, tensor, self._rank, device)
+                check_readable(tensor, held.name, self._rank, device)
+                check_contiguous(held.name, tensor, self._rank)
                 yield held, tensor.data_ptr(), list(self._shards_of(held.name, tensor, at, sizes))
 
     def _check_config(self, chunk: Any) -> None:

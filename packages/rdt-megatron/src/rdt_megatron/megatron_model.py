@@ -15,7 +15,6 @@ from rdt_megatron.geometry import Axis, Coordinate
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_EXPORTED_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _LAYERS = "decoder.layers."
 
 
@@ -100,36 +99,16 @@ def _renumber(name: str, numbers: dict[str, str]) -> str:
     return f"{_LAYERS}{numbers[index]}.{rest}"
 
 
-def check_readable(name: str, tensor: torch.Tensor, rank: int, device: torch.device) -> None:
-    """Refuse memory that engines could not read as it lies.
-
-    Args:
-        name: of the parameter, for the message.
-        tensor: its memory.
-        rank: of this trainer, for the message.
-        device: where the rank's parameters are.
+def check_contiguous(name: str, tensor: torch.Tensor, rank: int) -> None:
+    """Refuse a parameter whose memory is not row by row, as the rules take it to be.
 
     Raises:
-        UnsupportedLayoutError: it is quantized, on no device or another one, released, or not contiguous.
+        UnsupportedLayoutError: it is not.
     """
-    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.dtype not in _EXPORTED_DTYPES:
-        reason = f"its payload is a {type(tensor).__name__} of {tensor.dtype}"
-        remedy = (
-            "Quantized and fp8 parameters are not exported: keep them in bfloat16, float16 or float32 "
-            "(fp8_param_gather=False). Megatron-FSDP's DTensors are not: use DistributedDataParallel."
+    if not tensor.is_contiguous():
+        raise UnsupportedLayoutError(
+            name,
+            rank,
+            f"it is not contiguous (strides {tensor.stride()})",
+            "Let Megatron allocate it, or make it contiguous before the optimizer is built.",
         )
-    elif tensor.is_meta:
-        reason = "it is on the meta device and has no memory"
-        remedy = "Materialize the model before attaching."
-    elif tensor.device != device:
-        reason = f"it is on {tensor.device}, and others are on {device}"
-        remedy = "Attach when every parameter is on the training device, and train without offloading them."
-    elif tensor.numel() and not tensor.untyped_storage().nbytes():
-        reason = "its memory has been released"
-        remedy = "Reload offloaded parameters before attaching."
-    elif not tensor.is_contiguous():
-        reason = f"it is not contiguous (strides {tensor.stride()})"
-        remedy = "Let Megatron allocate it, or make it contiguous before the optimizer is built."
-    else:
-        return
-    raise UnsupportedLayoutError(name, rank, reason, remedy)
