@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +17,7 @@ from rdt_core.models.specs import ENGINES, TRAINERS, make_engine, make_trainer, 
 from rdt_core.models.units import describe_model
 from rdt_core.planner import build_plan_from
 from rdt_core.read_method import ReadCost
-from rdt_core.simulator.predict import predict
+from rdt_core.simulator.predict import Prediction, predict
 from rdt_core.simulator.topology import Topology, load_topology
 from rdt_core.simulator.traffic import Traffic, plan_traffic
 from rdt_core.sources import SourceIndex
@@ -23,10 +25,10 @@ from tests.unit.test_models import CONFIGS, MOE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from rdt_core.models.parameter import Layout
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SMALL_NODES = Topology(gpus_per_node=4, nics_per_node=4)
 CASES = [
     ("dense", "megatron:tp=2,pp=2", "vllm:tp=4"),
@@ -191,6 +193,45 @@ def test_phases_follow_from_bytes_and_speeds() -> None:
     assert found.stall_s == found.commit_s
     assert found.total_s == pytest.approx(0.11 + 0.32 + 0.1 + 0.53 + 0.04)
     assert predict(traffic, topology, mode="inplace").stall_s == pytest.approx(0.32 + 0.1 + 0.03)
+
+
+def measured(name: str) -> tuple[int, dict[tuple[str, str], float]]:
+    """Bytes and median seconds by path and phase of a benchmark's committed result."""
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    rows = {(row["path"], row["phase"]): row["median_ms"] / 1e3 for row in result["results"]}
+    return result["nbytes"], rows
+
+
+def predicted(preset: str, topology: Topology) -> Prediction:
+    model = describe_model(load_preset(preset).config)
+    held = make_trainer(parse_spec("fsdp:dp=1", TRAINERS), model)
+    served = make_engine(parse_spec("vllm", ENGINES), model)
+    return predict(plan_traffic(held, served, 1, topology, has_fan_out=True), topology, mode="staged")
+
+
+def test_a_measured_sync_on_one_gpu_is_predicted_within_a_quarter() -> None:
+    """From the speeds of copies that the same run measured; no number of a sync goes in."""
+    nbytes, rows = measured("qwen3-0.6b-h100")
+    topology = Topology(
+        is_colocated=True,
+        copy_bytes_per_s=2 * nbytes / rows["copy_in_process", "end_to_end"],
+        local_bytes_per_s=nbytes / rows["ipc_foreach", "end_to_end"],
+    )
+    found = predicted("qwen3-0.6b", topology)
+    assert found.links["inside a node"] == pytest.approx(rows["ours", "read"], rel=0.25)
+    copied_s = found.commit_s - topology.commit_s
+    assert copied_s == pytest.approx(rows["ours", "commit"], rel=0.25)
+    # Requests, version checks and the driver's calls: less than what the topology allows for by default.
+    assert rows["ours", "end_to_end"] < found.total_s
+
+
+def test_a_measured_commit_on_a_cpu_is_predicted_within_a_quarter() -> None:
+    nbytes, rows = measured("smollm2-cpu")
+    seconds = rows["copy_in_process", "end_to_end"]
+    # Landing memory and parameters are as large as the payload: every byte is read once and written once.
+    traffic = make_traffic(needed={0: nbytes}, landed={0: nbytes})
+    found = predict(traffic, Topology(copy_bytes_per_s=2 * nbytes / seconds), mode="staged")
+    assert found.commit_s == pytest.approx(rows["ours", "commit"], rel=0.25)
 
 
 def test_ranks_that_share_a_nic_wait_for_each_other() -> None:
