@@ -33,6 +33,7 @@ nox.options.sessions = [
     "unit",
     "contract",
     "integration",
+    "faults",
     "integration-megatron",
     "e2e-vllm",
     "e2e-sglang",
@@ -333,6 +334,12 @@ def integration_megatron(session: nox.Session) -> None:
 def integration_megatron_latest(session: nox.Session) -> None:
     """The same tests with the newest Megatron-core."""
     run_in(session, MEGATRON_LATEST, "-m", "pytest", "tests/megatron", "-m", "not cuda", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["env-torch"])
+def faults(session: nox.Session) -> None:
+    """Kill, stop and break every party of a sync; docs/reliability.md has the table of it."""
+    run_in(session, TORCH, "-m", "pytest", "tests/faults", *session.posargs, patience_s=30)
 
 
 @nox.session(name="e2e-vllm", venv_backend="none", requires=["env-vllm", "env-megatron"])

@@ -32,9 +32,11 @@ class LocalEngine(Engine):
         if self.is_dead:
             raise EngineUnreachableError(self.url, "the test has killed it")
         started = time.perf_counter()
-        answer = self._model_thread.submit(engine_rpc.call, self.subscriber, method, payload).result(
-            timeout_s
-        )
+        running = self._model_thread.submit(engine_rpc.call, self.subscriber, method, payload)
+        try:
+            answer = running.result(timeout_s)
+        except TimeoutError:
+            raise EngineUnreachableError(self.url, f"no answer to {method} within {timeout_s} s") from None
         if not answer["ok"]:
             error = from_wire(answer["error"])
             error.failed_rank = 0

@@ -1,0 +1,240 @@
+"""Random histories of a whole group, checked after every step against what the protocol promises.
+
+Real publishers, subscribers, coordinator and driver; links of memory; a clock that jumps. What happens in
+the middle of a read is drawn as well. The promises: an engine that serves holds every byte of one version,
+committed versions never go back, no lease outlives its read, and no call outlives its deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import time
+from typing import TYPE_CHECKING, ClassVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from rdt_core import WeightSync, transports
+from rdt_core.client import LocalChannel
+from rdt_core.coordinator import SILENT_S
+from rdt_core.errors import RdtError, SourceDiedError
+from rdt_core.lifecycle import SyncState
+from rdt_core.round import MARGIN_S
+from tests.contract import gated
+from tests.contract.local_engine import LocalEngine
+from tests.contract.world import GROUP, Clock, TrainerRank, World, expected_fingerprint
+from tests.local_group import wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+UPDATE_TIMEOUT_S = 3.0
+CONNECT_TIMEOUT_S = 30.0
+
+# Connect, three phases and the abort, each within its own deadline; and a machine that is busy.
+LONGEST_CALL_S = CONNECT_TIMEOUT_S + 6 * (UPDATE_TIMEOUT_S + MARGIN_S)
+
+expected = functools.cache(expected_fingerprint)
+names = (f"engine-{number}" for number in itertools.count())
+
+MID_READ = (
+    "nothing",
+    "nothing",
+    "nothing",
+    "publish",
+    "release",
+    "fail",
+    "restart coordinator",
+    "let leases run out",
+)
+
+
+class Group(RuleBasedStateMachine):
+    """One history. The trainers and the coordinator live on from history to history, as the versions do."""
+
+    world: ClassVar[World]
+    clock: ClassVar[Clock]
+
+    num_updated: ClassVar[int] = 0
+
+    engines = Bundle("engines")
+
+    def __init__(self) -> None:
+        super().__init__()
+        gated.reset()
+        self.made: list[LocalEngine] = []
+        self.served: dict[str, int] = {}
+        asked = {"group": GROUP, "transport": gated.NAME, "mode": "staged", "timeout_s": CONNECT_TIMEOUT_S}
+        self.sync = WeightSync(self.world.client, [], asked)
+
+    def teardown(self) -> None:
+        gated.reset()
+        for engine in self.made:
+            engine.is_dead = False
+        self.sync.close()
+        for engine in self.made:
+            engine.stop()
+
+    @initialize(target=engines)
+    def begin_with_an_engine(self) -> LocalEngine:
+        return self.join_engine()
+
+    @rule(target=engines)
+    def add_engine(self) -> LocalEngine:
+        return self.join_engine()
+
+    def join_engine(self) -> LocalEngine:
+        engine = LocalEngine(self.world.channel, next(names))
+        self.made.append(engine)
+        self.attempt(lambda: self.sync.add_member(engine, timeout_s=CONNECT_TIMEOUT_S))
+        return engine
+
+    @rule(engine=consumes(engines))
+    def remove_engine(self, engine: LocalEngine) -> None:
+        self.attempt(lambda: self.sync.remove_engine(engine.url))
+
+    @rule(engine=engines)
+    def kill_or_revive_engine(self, engine: LocalEngine) -> None:
+        engine.is_dead = not engine.is_dead
+
+    @rule()
+    def publish(self) -> None:
+        version = self.version + 1
+        for rank in self.world.trainers:
+            with rank.publisher.writing(timeout_s=0.0):
+                rank.write(version)
+        for rank in self.world.trainers:
+            rank.publisher.publish(version)
+
+    @rule()
+    def release(self) -> None:
+        for rank in self.world.trainers:
+            rank.publisher.release(timeout_s=0.0)
+
+    @rule()
+    def restart_coordinator(self) -> None:
+        self.world.channel.restart()
+        wait_for(lambda: len(self.world.client.status()["trainers"]) == len(self.world.trainers))
+
+    @rule(num_ranks=st.sampled_from((1, 2)))
+    def replace_trainers(self, num_ranks: int) -> None:
+        for rank in self.world.trainers:
+            rank.publisher._is_closed.set()
+        self.clock.skip(2 * SILENT_S)
+        # Wakes whoever waits at the coordinator, to see how late it is.
+        self.world.client.leave("nobody", 0)
+        for rank in self.world.trainers:
+            rank.die()
+        self.world.trainers[:] = [
+            TrainerRank(self.world.channel, rank, num_ranks) for rank in range(num_ranks)
+        ]
+
+    @rule(
+        is_new=st.sampled_from((True, True, True, False)),
+        event=st.sampled_from(MID_READ),
+        mode=st.sampled_from((None, "staged", "inplace")),
+        policy=st.sampled_from(("group", "engine")),
+        verify=st.sampled_from((None, "digest")),
+    )
+    def update(self, is_new: bool, event: str, mode: str | None, policy: str, verify: str | None) -> None:
+        if is_new:
+            self.publish()
+        version = self.version
+        if version == 0:
+            return
+        gated.gate.on_reach = functools.lru_cache(1)(functools.partial(self.happen, event))
+        Group.num_updated += self.attempt(
+            lambda: self.sync.update(
+                version, mode=mode, commit_policy=policy, verify=verify, timeout_s=UPDATE_TIMEOUT_S
+            )
+        )
+        gated.reset()
+        wait_for(lambda: all(engine.subscriber.status()["state"] != "reading" for engine in self.made))
+
+    def happen(self, event: str) -> None:
+        """In the middle of a pull, in the thread that reads."""
+        if event == "publish":
+            self.publish()
+        elif event == "release":
+            self.release()
+        elif event == "fail":
+            raise SourceDiedError(0, "killed in a history")
+        elif event == "restart coordinator":
+            self.world.channel.restart()
+        elif event == "let leases run out":
+            self.clock.skip(2 * UPDATE_TIMEOUT_S)
+
+    def attempt(self, call: Callable[[], object]) -> bool:
+        """A call that may fail, with an error of ours and in time; whether it did not."""
+        started, is_done = time.monotonic(), False
+        with contextlib.suppress(RdtError):
+            call()
+            is_done = True
+        assert time.monotonic() - started < LONGEST_CALL_S
+        return is_done
+
+    @property
+    def version(self) -> int:
+        return self.world.trainers[0].publisher.version
+
+    @invariant()
+    def an_engine_that_serves_holds_one_version_whole(self) -> None:
+        for engine in self.made:
+            version = engine.subscriber.version
+            if version and not engine.subscriber.is_torn:
+                assert engine.fingerprint == expected(version)
+
+    @invariant()
+    def committed_versions_never_go_back(self) -> None:
+        for engine in self.made:
+            assert engine.subscriber.version >= self.served.get(engine.url, 0)
+            self.served[engine.url] = engine.subscriber.version
+
+    @invariant()
+    def no_lease_outlives_its_read(self) -> None:
+        assert self.world.client.status()["leases"] == []
+
+    @invariant()
+    def the_driver_is_free_for_the_next_call(self) -> None:
+        assert self.sync._life.state is SyncState.IDLE
+
+
+@pytest.fixture
+def living_world() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(transports._FACTORIES, gated.NAME, "tests.contract.gated:GatedTransport")
+        clock = Clock()
+        channel = LocalChannel(GROUP, clock)
+        Group.world = World(channel, [TrainerRank(channel, rank, 2) for rank in range(2)])
+        Group.clock = clock
+        yield
+        Group.world.close()
+
+
+def test_no_history_breaks_a_promise(living_world: None) -> None:
+    del living_world
+    run_state_machine_as_test(
+        Group,
+        settings=settings(
+            max_examples=8,
+            stateful_step_count=25,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    # Histories in which nothing ever works would prove nothing.
+    assert Group.num_updated > 5
