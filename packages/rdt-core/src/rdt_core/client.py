@@ -288,6 +288,10 @@ def actor_name(group: str) -> str:
     return f"rdt:{group}"
 
 
+def _nothing(timeout_s: float) -> None:
+    """What there is to wait for before the first record."""
+
+
 class CoordinatorClient:
     """The coordinator's methods, typed, with a deadline on every call. See :class:`Coordinator` for each.
 
@@ -297,6 +301,7 @@ class CoordinatorClient:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        self._recorded: Callable[[float], Any] = _nothing
 
     def attach(
         self, rank: int, world_size: int, instance: str, manifest: bytes, last: LastWords = NOTHING_SAID
@@ -421,7 +426,8 @@ class CoordinatorClient:
 
     def start_record(self, sync: dict[str, Any]) -> None:
         """Keep how a sync ended; not waited for."""
-        self._channel.start("record", sync)
+        earlier, self._recorded = self._recorded, self._channel.start("record", sync)
+        earlier(CALL_TIMEOUT_S)
 
     def history(self) -> list[dict[str, Any]]:
         """The group's last syncs, oldest first."""

@@ -13,10 +13,18 @@ from rdt_core.coordinator import reader_name
 from rdt_core.describe import node_name
 from rdt_core.digest import digest_bytes
 from rdt_core.direct import aim_directly
-from rdt_core.errors import ForgottenError, RdtError, ShapeError, TopologyChangedError, TornReadError
+from rdt_core.errors import (
+    ForgottenError,
+    RdtError,
+    ShapeError,
+    TopologyChangedError,
+    TornReadError,
+    TransportUnavailableError,
+)
 from rdt_core.free_memory import measure_free_bytes
 from rdt_core.landing import RELOAD_PREFIX, Landing, engine_manifest, make_landing
-from rdt_core.links import LinkPlan, OpenLinks, Reader, open_links
+from rdt_core.link_prices import cost_over
+from rdt_core.links import LinkPlan, OpenLinks, Reader, choose_links, open_links
 from rdt_core.mode import AUTO, INPLACE, choose_mode
 from rdt_core.planner import ReadCost, build_plan
 from rdt_core.reader_thread import ReaderThread
@@ -143,7 +151,8 @@ class Connection:
         if found.specs != self.specs:
             raise TopologyChangedError(self.request.group, "their tensors have other names, shapes or dtypes")
         self.links.close()
-        staged = build_plan(self.wanted, found.manifests, cost=ReadCost(arenas=self.request.arenas))
+        cost = _price(self.request, self.engine_rank, self.device, found.manifests)
+        staged = build_plan(self.wanted, found.manifests, cost=cost)
         self.plan = aim_in_place(staged, self.recording) if self.is_in_place else staged
         self.landing = make_landing(self.plan, self.recording, self.specs, self.device)
         self.links = _open_links(
@@ -234,7 +243,8 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
         node=node_name(),
         device=str(model.device),
     )
-    staged = build_plan(wanted, found.manifests, cost=ReadCost(arenas=request.arenas))
+    cost = _price(request, model.rank, model.device, found.manifests)
+    staged = build_plan(wanted, found.manifests, cost=cost)
     mode = choose_mode(
         request.mode, landing_nbytes=staged.landing_nbytes, free_nbytes=measure_free_bytes(model.device)
     )
@@ -288,6 +298,27 @@ def aim_in_place(plan: Plan, recording: Recording) -> Plan:
     return aim_directly(plan, may_write=may_write)
 
 
+def _price(
+    request: ConnectRequest, engine_rank: int, device: torch.device, trainers: Sequence[Manifest]
+) -> ReadCost:
+    """What reads cost over the links that would be chosen; general prices where not all can be."""
+    try:
+        choices = choose_links(_reader(request, engine_rank, device), trainers)
+    except TransportUnavailableError:
+        return ReadCost(arenas=request.arenas)  # a link that is needed fails when it is opened
+    return cost_over([choice.transport for choice in choices.values()], request.arenas)
+
+
+def _reader(request: ConnectRequest, engine_rank: int, device: torch.device) -> Reader:
+    return Reader(
+        engine=request.engine,
+        rank=engine_rank,
+        device=device,
+        forced=request.transport,
+        timeout_s=request.timeout_s,
+    )
+
+
 def _open_links(
     request: ConnectRequest,
     client: CoordinatorClient,
@@ -297,13 +328,7 @@ def _open_links(
     plan: Plan,
     landing: Landing,
 ) -> OpenLinks:
-    reader = Reader(
-        engine=request.engine,
-        rank=engine_rank,
-        device=device,
-        forced=request.transport,
-        timeout_s=request.timeout_s,
-    )
+    reader = _reader(request, engine_rank, device)
     planned = {
         rank: LinkPlan(
             ranges=[(read.window, read.offset_bytes, read.nbytes) for read in plan.reads_from(rank)],

@@ -36,6 +36,7 @@ METHODS = frozenset(
         "drop_lease",
         "end_read",
         "publish",
+        "record",
         "release",
         "report_prepared",
         "wait_prepared",

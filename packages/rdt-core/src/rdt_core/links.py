@@ -136,17 +136,28 @@ def open_links(
     return OpenLinks(by_rank=links, choices=choices, probe_s=probe_s)
 
 
-def _choose_all(
-    reader: Reader, trainers: Mapping[int, Manifest], planned: Mapping[int, LinkPlan]
-) -> dict[int, TransportChoice]:
+def choose_links(reader: Reader, trainers: Sequence[Manifest]) -> dict[int, TransportChoice]:
+    """Which transport a link to each of these trainer ranks would use. Opens nothing.
+
+    Raises:
+        TransportUnavailableError: no transport fits a link, or the forced one is not offered.
+    """
     forced = reader.forced if reader.forced != AUTO else settings.read_transport()
     device = str(reader.device)
     engine = Endpoint(f"engine rank {reader.rank}", node_name(), device, offered_transports(device))
-    choices = {}
-    for rank in sorted(planned):
-        side = trainers[rank]
-        trainer = Endpoint(f"trainer rank {rank}", side.node, side.device, side.transports)
-        choices[rank] = choose_transport(trainer, engine, forced)
+    return {
+        side.rank: choose_transport(
+            Endpoint(f"trainer rank {side.rank}", side.node, side.device, side.transports), engine, forced
+        )
+        for side in trainers
+    }
+
+
+def _choose_all(
+    reader: Reader, trainers: Mapping[int, Manifest], planned: Mapping[int, LinkPlan]
+) -> dict[int, TransportChoice]:
+    choices = choose_links(reader, [trainers[rank] for rank in sorted(planned)])
+    for rank in choices:
         if choices[rank].is_second_best:
             logger.warning(
                 "engine rank %d reads trainer rank %d over %s: %s",

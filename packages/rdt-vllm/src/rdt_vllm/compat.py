@@ -23,8 +23,13 @@ if TYPE_CHECKING:
 
 BACKEND = "rdt"
 
-# entrypoints/rl/online/api_router.py since 0.30; entrypoints/serve/rlhf/api_router.py before.
-_UPDATE_ROUTERS = ("vllm.entrypoints.rl.online.api_router", "vllm.entrypoints.serve.rlhf.api_router")
+# entrypoints/rl/online/api_router.py since 0.30; entrypoints/serve/rlhf/api_router.py before;
+# entrypoints/serve/dev/rlhf/api_router.py in 0.26.
+_UPDATE_ROUTERS = (
+    "vllm.entrypoints.rl.online.api_router",
+    "vllm.entrypoints.serve.rlhf.api_router",
+    "vllm.entrypoints.serve.dev.rlhf.api_router",
+)
 
 
 def is_chosen(vllm_config: Any) -> bool:

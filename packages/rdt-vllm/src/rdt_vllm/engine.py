@@ -13,9 +13,10 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from rdt_core import choice, engine_rpc
-from rdt_core.errors import NotPreparedError
+from rdt_core.errors import NotPreparedError, UnsupportedEngineError
 from rdt_core.mode import STAGED
 from rdt_core.subscriber import WeightSubscriber
+from rdt_vllm import compat
 from rdt_vllm.model import VllmModel
 
 if TYPE_CHECKING:
@@ -128,6 +129,16 @@ class RdtWeightTransferEngine(WeightTransferEngine[RdtInitInfo, RdtUpdateInfo]):
         if version is None:
             raise NotPreparedError(self._subscriber.version + 1, None)
         self._subscriber.commit(version)
+
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """Nothing sends here: a trainer publishes. vLLM 0.26 asks every backend for this method.
+
+        Raises:
+            UnsupportedEngineError: always.
+        """
+        del iterator, trainer_args
+        raise UnsupportedEngineError("vllm", compat.vllm_version(), "sending; use rdt_core.WeightPublisher")
 
     def shutdown(self) -> None:
         """Leave the group. The worker goes on serving what it has; idempotent."""

@@ -1,0 +1,108 @@
+"""Ways to copy many byte ranges on one GPU: what a pull over CUDA IPC and a staged commit are made of.
+
+python benchmarks/copies.py --json benchmarks/results/copies-h100.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from cases import CASES
+from sync import machine, versions
+
+from rdt_core.transports.fused_copy import FusedCopy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+RUNS, WARM_UP = 25, 5
+DEVICE = torch.device("cuda:0")
+
+
+def measure(act: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds on the GPU, by events around the work."""
+    make_event: Any = torch.cuda.Event
+    values = []
+    for _ in range(RUNS + WARM_UP):
+        begin, end = (make_event(enable_timing=True) for _ in range(2))
+        begin.record()
+        act()
+        end.record()
+        end.synchronize()
+        values.append(begin.elapsed_time(end))
+    counted = values[WARM_UP:]
+    return {
+        "median_ms": round(statistics.median(counted), 3),
+        "min_ms": round(min(counted), 3),
+        "max_ms": round(max(counted), 3),
+        "n": len(counted),
+    }
+
+
+def measure_model() -> dict[str, dict[str, float]]:
+    """All tensors of Qwen3-0.6B."""
+    shapes = CASES["qwen3-0.6b"].shapes().values()
+    sources = [torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for shape in shapes]
+    targets = [torch.zeros_like(source) for source in sources]
+    fused = FusedCopy(
+        [(s.data_ptr(), t.data_ptr(), 2 * s.numel()) for s, t in zip(sources, targets, strict=True)], DEVICE
+    )
+    flat = torch.cat([source.view(-1) for source in sources])
+    other = torch.empty_like(flat)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch._foreach_copy_(targets, sources)
+    stream = torch.cuda.current_stream()
+    found = {
+        "one flat buffer": measure(lambda: other.copy_(flat)),
+        "310 tensors, one copy_ each": measure(
+            lambda: [t.copy_(s) for s, t in zip(sources, targets, strict=True)]
+        ),
+        "310 tensors, foreach": measure(lambda: torch._foreach_copy_(targets, sources)),
+        "310 tensors, foreach in a CUDA graph": measure(graph.replay),
+        "310 tensors, one launch of ours": measure(lambda: fused.launch(stream)),
+    }
+    if not all(torch.equal(s, t) for s, t in zip(sources, targets, strict=True)):
+        raise SystemExit("a copy brought other bytes")
+    return found
+
+
+def measure_ranges() -> dict[str, dict[str, float]]:
+    """Many small ranges: 37,000 of 32 KiB, and 200,000 rows of a column block."""
+    count, nbytes = 37_000, 32_768
+    sources = torch.randint(0, 256, (count * nbytes,), dtype=torch.uint8, device=DEVICE)
+    targets = torch.empty_like(sources)
+    first, second, stream = sources.data_ptr(), targets.data_ptr(), torch.cuda.current_stream()
+    many = FusedCopy([(first + i * nbytes, second + i * nbytes, nbytes) for i in range(count)], DEVICE)
+    rows = FusedCopy([(first + i * 3072, second + i * 1536, 1536) for i in range(200_000)], DEVICE)
+    block = sources[: 200_000 * 3072].view(200_000, 3072)[:, :1536]
+    packed = targets[: 200_000 * 1536].view(200_000, 1536)
+    return {
+        "37,000 ranges of 32 KiB, one launch of ours": measure(lambda: many.launch(stream)),
+        "200,000 rows of 1,536 bytes, one launch of ours": measure(lambda: rows.launch(stream)),
+        "200,000 rows of 1,536 bytes, torch's copy_": measure(lambda: packed.copy_(block)),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    result: dict[str, Any] = {"machine": machine(), "versions": versions()}
+    result["results"] = {**measure_model(), **measure_ranges()}
+    for name, found in result["results"].items():
+        print(f"{name:55} {found['median_ms']:.3f} ({found['min_ms']:.3f} to {found['max_ms']:.3f})")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
