@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.e2e.processes import start_trainer
-from tests.e2e.sglang.asking import ask_all, connect
+from tests.e2e.sglang.asking import ask_all, auth_mode, connect
 from tests.e2e.sglang.conftest import serve
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ def test_a_server_in_this_mode_follows_a_trainer(
 ) -> None:
     first, second = checkpoint("qwen3", 0), checkpoint("qwen3", 1)
     group = f"group-{uuid.uuid4().hex[:8]}"
-    env = {"RAY_ADDRESS": ray_address} if mode == "ray-actors" else {}
+    # Here it is SGLang itself that joins Ray, so it has to know how.
+    ray_env = {"RAY_ADDRESS": ray_address, "RAY_AUTH_MODE": auth_mode()}
+    env = ray_env if mode == "ray-actors" else {}
     flags = ["--weight-sync", "rdt", "--sleep-on-idle", *MODES[mode]]
     with (
         start_trainer(group, ray_address, first) as trainer,

@@ -118,8 +118,10 @@ def is_scheduler() -> bool:
     Source: managers/scheduler.py, run_scheduler_process; ray/scheduler_actor.py (0.5.23).
     """
     ray = sys.modules.get("ray")
-    is_actor = ray is not None and ray.is_initialized() and "sglang.srt.ray.scheduler_actor" in sys.modules
-    return _SCHEDULER in sys.modules or is_actor
+    if _SCHEDULER in sys.modules or ray is None or not ray.is_initialized():
+        return _SCHEDULER in sys.modules
+    # No Ray actor but a scheduler is given these arguments.
+    return ray.get_runtime_context().get_actor_id() is not None
 
 
 def offer_messages() -> None:
