@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
+import traceback
 from typing import TYPE_CHECKING, Any, cast
 
 from rdt_core.errors import (
@@ -131,6 +132,19 @@ class NixlExport:
             deregister_nixl_memory(view)
 
 
+def _release_transfer(error: BaseException | None) -> None:
+    """Have Ray release a failed transfer's handle now, in this thread, and not when Python collects it.
+
+    The handle hangs on a local variable in the traceback. Collected later, when its trainer's agent has been
+    forgotten, it crashed the engine in ``nixlAgent::releaseXferReq`` (Ray 2.60, nixl 1.5.1).
+
+    Source: ray/experimental/rdt/nixl_tensor_transport.py, NixlFetchRequest.__del__ (2.60).
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 class NixlLink:
     """See :class:`rdt_core.transports.base.Link`."""
 
@@ -155,9 +169,11 @@ class NixlLink:
             raise TransportError("this link has been closed. Open the ticket again.")
         try:
             got = ray.get(cast("Any", self._ref), timeout=timeout_s)
-        except exceptions.GetTimeoutError:
+        except exceptions.GetTimeoutError as error:
+            _release_transfer(error)
             raise PullTimeoutError(self._trainer_rank, timeout_s) from None
         except (exceptions.RayDirectTransportError, exceptions.ObjectLostError) as error:
+            _release_transfer(error)
             raise SourceDiedError(self._trainer_rank, type(error).__name__) from error
         except ValueError as error:
             raise TransportError(f"Ray refused the targets: {error}") from error
