@@ -35,8 +35,7 @@ def expected_regions(c: Configuration, hf_values: dict[str, Any], rank: int) -> 
         vpp=c.vpp or 1,
         first=c.first_stage_layers or 0,
     )
-    # The models of these tests are padded to a multiple of 128 whatever tp is.
-    layout = MegatronLayout(describe_model(parse_config(hf_values)), axes, vocabulary_multiple=128 // c.tp)
+    layout = MegatronLayout(describe_model(parse_config(hf_values)), axes)
     parts = (part for parameter in layout.parameters(rank) for part in parameter.parts)
     return without_cut(c, sorted([spec.name, str(region)] for spec, region in parts if region.num_elements))
 
