@@ -76,6 +76,11 @@ def has_python(version: str) -> bool:
     return probe.returncode == 0
 
 
+# Two test files at a time: what is tested here starts processes and waits for them more than it computes.
+# A file is never split, so that its tests share their servers and clusters.
+TWO_FILES = ("-n", "2", "--dist", "loadfile")
+
+
 def choose_torch_python() -> str | None:
     """The interpreter for the torch environments: 3.11, as pinned, or None for the running one."""
     return "3.11" if sys.version_info[:2] != (3, 11) and has_python("3.11") else None
@@ -302,13 +307,14 @@ def unit(session: nox.Session) -> None:
     session.install("-r", str(TOOLS))
     install_ours(session)
     strict = ("-W", "error::ResourceWarning")
-    session.run("python", "-m", "pytest", "tests/unit", *strict, *session.posargs, env=QUIET)
+    session.run("python", "-m", "pytest", "tests/unit", *TWO_FILES, *strict, *session.posargs, env=QUIET)
 
 
 @nox.session(venv_backend="none", requires=["env-torch"])
 def contract(session: nox.Session) -> None:
     """Run the tests that every transport, exporter and engine must pass alike."""
-    run_in(session, TORCH, "-m", "pytest", "tests/contract", "-m", "not cuda and not yr", *session.posargs)
+    chosen = ("-m", "not cuda and not yr")
+    run_in(session, TORCH, "-m", "pytest", "tests/contract", *TWO_FILES, *chosen, *session.posargs)
     # A second process: NIXL and openYuanrong crash in one.
     run_in(session, TORCH, "-m", "pytest", "tests/contract", "-m", "yr", *session.posargs)
 
@@ -316,7 +322,8 @@ def contract(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["env-torch"])
 def integration(session: nox.Session) -> None:
     """Run several real processes of ours against each other over Ray and NIXL, on CPU memory."""
-    run_in(session, TORCH, "-m", "pytest", "tests/integration", "-m", "not cuda", *session.posargs)
+    chosen = ("-m", "not cuda")
+    run_in(session, TORCH, "-m", "pytest", "tests/integration", *TWO_FILES, *chosen, *session.posargs)
 
 
 @nox.session(name="integration-megatron", venv_backend="none", requires=["env-megatron"])
@@ -345,10 +352,11 @@ def faults(session: nox.Session) -> None:
 @nox.session(name="e2e-vllm", venv_backend="none", requires=["env-vllm", "env-megatron"])
 def e2e_vllm(session: nox.Session) -> None:
     """Sync weights into real vLLM servers on the CPU, and compare every byte."""
+    tests = ("tests/e2e/vllm", "tests/e2e/vllm_families")
     run_in(
         session,
         VLLM,
-        *("-m", "pytest", "tests/e2e/vllm", "tests/e2e/vllm_families", "-m", "not cuda", *session.posargs),
+        *("-m", "pytest", *tests, *TWO_FILES, "-m", "not cuda", *session.posargs),
         patience_s=30,
         env={"RDT_MEGATRON_PYTHON": str(MEGATRON.python_path)},
     )
@@ -360,7 +368,8 @@ def run_sglang_tests(session: nox.Session, chosen: str) -> None:
     # SGLang compiles nothing on a CPU, and a server takes its time to start on a small machine.
     env = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTEST_TIMEOUT": "600"}
     env["RDT_MEGATRON_PYTHON"] = str(MEGATRON.python_path)
-    run_in(session, SGLANG, "-m", "pytest", *tests, "-m", chosen, *session.posargs, patience_s=30, env=env)
+    arguments = (*tests, *TWO_FILES, "-m", chosen, *session.posargs)
+    run_in(session, SGLANG, "-m", "pytest", *arguments, patience_s=30, env=env)
 
 
 @nox.session(name="e2e-sglang", venv_backend="none", requires=["env-sglang", "env-megatron"])
