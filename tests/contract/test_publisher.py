@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from rdt_core import LocalShards, WeightPublisher
-from rdt_core.client import LocalChannel
+from rdt_core.client import CoordinatorClient, LocalChannel
 from rdt_core.errors import WindowMovedError
 from rdt_core.local_shards import LocalShard
 from rdt_core.manifest import TensorSpec
@@ -64,3 +67,32 @@ def test_a_parameter_that_moves_while_it_is_completed_is_noticed(channel: LocalC
     held = Parameter()
     with attach(channel, held, held.move) as publisher, pytest.raises(WindowMovedError):
         publisher.publish(1)
+
+
+class SlowDigests(WeightPublisher):
+    """Digests once it is told to, as if there were very much to read."""
+
+    begun, may_end = threading.Event(), threading.Event()
+
+    def _digest(self, dtypes: dict[str, str]) -> Any:
+        self.begun.set()
+        assert self.may_end.wait(30)
+        return super()._digest(dtypes)
+
+
+def test_a_rank_that_digests_for_long_goes_on_giving_signs_of_life(channel: LocalChannel) -> None:
+    held, client = Parameter(), CoordinatorClient(channel)
+    shard = LocalShard(
+        spec=TensorSpec("w", (4,), "float32"), region=Region((0,), (4,)), data=held.data, owner="w"
+    )
+    local = LocalShards(
+        rank=0, world_size=1, shards=(shard,), locate=lambda: (held.data.data_ptr(),), refresh=held.complete
+    )
+    with SlowDigests.attach("policy", local, channel=channel), ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.ask, "digest", {0: {"w": "float32"}}, 30.0)
+        assert SlowDigests.begun.wait(30)
+        begun = time.monotonic()
+        while time.monotonic() - client.status()["trainers"][0]["silent_s"] < begun + 0.1:
+            assert time.monotonic() < begun + 20
+        SlowDigests.may_end.set()
+        assert asked.result(30)[0][0].tensor == "w"

@@ -58,7 +58,9 @@ class TrainerRank:
     def die(self) -> None:
         """Fall silent without a word, as a process that is killed."""
         self.publisher._is_closed.set()
-        self.publisher._thread.join(30)
+        self.publisher._tasks.put(None)
+        for thread in self.publisher._threads:
+            thread.join(30)
         self.publisher._exports.close()
 
 

@@ -49,5 +49,5 @@ def test_fused_experts_of_an_unknown_family_are_refused() -> None:
 def test_a_model_that_is_not_from_transformers_keeps_its_names() -> None:
     shape = (2, 4, 3)
     assert list(split_parameter("blocks.0.experts.w", shape, None)) == [
-        Piece("blocks.0.experts.w", Region.whole(shape))
+        Piece("blocks.0.experts.w", Region.whole(shape), is_whole=True)
     ]

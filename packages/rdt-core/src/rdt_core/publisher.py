@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import threading
 import uuid
 from typing import TYPE_CHECKING, Any, Self
@@ -46,8 +47,8 @@ class WeightPublisher:
     """One trainer rank's part in a sync group. Make one with :meth:`attach` in every rank.
 
     The memory that the optimizer writes is the memory that engines read: nothing is copied, and a version
-    is readable from :meth:`publish` until the trainer writes again. A service thread answers engines that
-    connect; it sleeps otherwise.
+    is readable from :meth:`publish` until the trainer writes again. Two service threads answer engines: one
+    asks for tasks, which is this rank's sign of life, the other carries them out. Both sleep otherwise.
     """
 
     def __init__(self, client: CoordinatorClient, local: LocalShards) -> None:
@@ -64,8 +65,13 @@ class WeightPublisher:
         self._version = client.attach(local.rank, local.world_size, self._instance, self._manifest)
         self._session = client.session()
         self._exports = Exports(self._described.windows, self._described.manifest.device, self._version)
-        self._thread = threading.Thread(target=self._serve, name=f"rdt-publisher-{local.rank}", daemon=True)
-        self._thread.start()
+        self._tasks: queue.SimpleQueue[TrainerTask | None] = queue.SimpleQueue()
+        self._threads = (
+            threading.Thread(target=self._serve, name=f"rdt-publisher-{local.rank}", daemon=True),
+            threading.Thread(target=self._work, name=f"rdt-tasks-{local.rank}", daemon=True),
+        )
+        for thread in self._threads:
+            thread.start()
 
     @classmethod
     def attach(cls, group: str, local: LocalShards, *, channel: Channel | None = None) -> WeightPublisher:
@@ -203,7 +209,9 @@ class WeightPublisher:
         if self._is_closed.is_set():
             return
         self._is_closed.set()
-        self._thread.join(_JOIN_TIMEOUT_S)
+        self._tasks.put(None)
+        for thread in self._threads:
+            thread.join(_JOIN_TIMEOUT_S)
         self._exports.close()
         try:
             self._settle_last()
@@ -259,7 +267,7 @@ class WeightPublisher:
             )
 
     def _serve(self) -> None:
-        """Body of the service thread: fetch tasks and answer them until the publisher is closed."""
+        """Body of one service thread: fetch tasks until the publisher is closed."""
         while not self._is_closed.is_set():
             try:
                 self._serve_once()
@@ -273,10 +281,20 @@ class WeightPublisher:
     def _serve_once(self) -> None:
         try:
             for task in self._client.next_tasks(self._local.rank, self._instance, self._version):
-                self._client.answer(task.number, self._carry_out(task))
+                self._tasks.put(task)
         except ForgottenError:
             self._introduce()
             logger.warning("trainer rank %d met a coordinator that was restarted", self._local.rank)
+
+    def _work(self) -> None:
+        """Body of the other: carry tasks out one by one. A digest of all weights takes its time."""
+        while (task := self._tasks.get()) is not None:
+            outcome = self._carry_out(task)
+            try:
+                self._client.answer(task.number, outcome)
+            except RdtError as error:
+                # Whoever asked has a deadline of its own, and a task of a lost coordinator asks nobody.
+                logger.warning("trainer rank %d cannot answer %s: %s", self._local.rank, task.kind, error)
 
     def _carry_out(self, task: TrainerTask) -> Outcome:
         try:
