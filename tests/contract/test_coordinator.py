@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -275,6 +276,21 @@ def test_other_ranks_than_before_take_over_once_the_old_ones_are_silent() -> Non
     assert client.manifests(1.0) == [b"new"]
     with pytest.raises(ForgottenError):
         client.publish(1, "old 1", 8)
+    channel.end()
+
+
+def test_the_end_of_a_poll_is_no_sign_of_life() -> None:
+    clock = Clock()
+    channel = LocalChannel("policy", clock)
+    client = CoordinatorClient(channel)
+    client.attach(0, 1, "a", b"manifest")
+    clock.skip(SILENT_S / 2)
+    with ThreadPoolExecutor(1) as pool:
+        poll = pool.submit(client.next_tasks, 0, "a")
+        wait_for(lambda: client.status()["trainers"][0]["silent_s"] < SILENT_S / 2)
+        clock.skip(2 * SILENT_S)
+        assert poll.result(30) == []
+    assert not client.status()["trainers"][0]["alive"]
     channel.end()
 
 

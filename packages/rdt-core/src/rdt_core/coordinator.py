@@ -197,8 +197,8 @@ class Coordinator:
         """
         trainer = self._trainer(rank, instance)
         await self._hear(trainer, version)
+        # The end of the wait is no sign of life: the rank may have died while it was held open.
         await self._wait(lambda: bool(trainer.tasks), POLL_S)
-        trainer.last_seen = self._clock()
         tasks = list(trainer.tasks)
         trainer.tasks.clear()
         return tasks
