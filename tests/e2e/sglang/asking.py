@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tests.e2e.processes import Server, Trainer
 
-LONG = 400  # tokens; seconds of generation, so that what a test does next falls into it
+LONG = 900  # tokens; seconds of generation, so that what a test does next falls into it
 PROMPTS = ([3, 14, 15, 92], [65, 35, 89, 79, 32, 38, 46], [2])
 NUM_TOKENS = 12
 

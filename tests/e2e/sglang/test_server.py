@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -17,6 +17,8 @@ from tests.e2e.sglang.conftest import LOADED
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from rdt_core import WeightSync
 
 pytestmark = pytest.mark.slow
 
@@ -41,25 +43,50 @@ def test_after_every_sync_the_server_answers_as_one_that_loaded_those_weights(
     assert seen[0] != seen[1]
 
 
-def test_requests_in_flight_survive_a_commit_and_tokens_carry_the_version_that_made_them(
+def test_requests_in_flight_survive_a_commit(
     server: Server, trainer: Trainer, family: str, checkpoint: Callable[[str, int], Path]
 ) -> None:
     version = next_version(server, trainer)
     with connect(server, trainer) as sync, ThreadPoolExecutor(2) as pool:
         trainer.publish(checkpoint(family, 1), version)
-        sync.update(version=version)
-        trainer.publish(checkpoint(family, 0), version + 1)
         running = [pool.submit(ask, server, prompt, LONG) for prompt in PROMPTS[:2]]
         with stream(server, PROMPTS[0], LONG) as chunks:
             next(chunks)
-            sync.update(version=version + 1)
+            sync.update(version=version)
             last = list(chunks)[-1]
         done = [last, *(future.result(timeout=120) for future in running)]
     for answer in done:
         assert len(answer["output_ids"]) == LONG
         assert answer["meta_info"]["finish_reason"]["type"] == "length"
-    spans = last["meta_info"]["weight_versions"]
+
+
+def spans_over_a_commit(
+    server: Server, trainer: Trainer, sync: WeightSync, old: Path, new: Path
+) -> tuple[int, list[dict[str, Any]]]:
+    """The version before a commit in mid-request, and that request's spans of versions."""
+    version = next_version(server, trainer)
+    trainer.publish(old, version)
+    sync.update(version=version)
+    trainer.publish(new, version + 1)
+    with stream(server, PROMPTS[0], LONG) as chunks:
+        next(chunks)
+        # So that the commit falls into the request, if that has not ended already on a machine that is slow.
+        assert server.post("/pause_generation", {"mode": "retract"}).is_success
+        sync.update(version=version + 1)
+        assert server.post("/continue_generation").is_success
+        return version, list(chunks)[-1]["meta_info"]["weight_versions"]
+
+
+def test_tokens_before_and_after_a_commit_carry_the_version_that_made_them(
+    server: Server, trainer: Trainer, family: str, checkpoint: Callable[[str, int], Path]
+) -> None:
+    with connect(server, trainer) as sync:
+        old, new = checkpoint(family, 1), checkpoint(family, 0)
+        tries = (spans_over_a_commit(server, trainer, sync, old, new) for _ in range(5))
+        version, spans = next(seen for seen in tries if len(seen[1]) > 1)
     assert [span["version"] for span in spans] == [str(version), str(version + 1)], spans
+    assert (spans[0]["start"], spans[1]["end"]) == (0, LONG)
+    assert spans[0]["end"] == spans[1]["start"]
 
 
 @pytest.mark.parametrize("mode", ["staged", "inplace"])
