@@ -134,14 +134,14 @@ def measure_ours(setup: Setup, runs: int, mode: str) -> tuple[list[Sample], dict
             "landing_bytes": [rank["landing_nbytes"] for rank in ranks],
             "syncs": runs,
         }
-        engine_bytes = 0
+        engine_bytes = warm_bytes = 0
         for version in range(1, runs + 1):
             publish_s = trainers.step_and_publish(version)
             began = time.perf_counter()
             report = sync.update(version=version)
             update_s = time.perf_counter() - began
             if version == WARM_UP:
-                engine_bytes = sum(map(memory_of, urls))
+                engine_bytes, warm_bytes = sum(map(memory_of, urls)), trainers.memory_bytes()
             samples.append(
                 {
                     "publish": publish_s,
@@ -153,6 +153,7 @@ def measure_ours(setup: Setup, runs: int, mode: str) -> tuple[list[Sample], dict
                     "end_to_end": publish_s + update_s,
                 }
             )
+        facts["trainer_growth_over_syncs_bytes"] = trainers.memory_bytes() - warm_bytes
         facts["trainer_growth_bytes"] = trainers.memory_bytes() - trainer_bytes
         facts["engine_growth_bytes"] = sum(map(memory_of, urls)) - engine_bytes
         if not sync.verify().bytes_equal:

@@ -13,12 +13,12 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from rdt_core.errors import ConfigError, UnsupportedEngineError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+
+    import torch
 
 BACKEND = "rdt"
 
@@ -361,6 +361,7 @@ def guard_resumption(scheduler: Any, may_resume: Callable[[], bool]) -> None:
 
 def gather(answer: dict[str, Any]) -> list[dict[str, Any]]:
     """Every tensor-parallel rank's answer, on all of them. All ranks must call it in the same order."""
+    import torch  # noqa: PLC0415  the entry point, which imports this file, loads without it
     from sglang.srt.runtime_context import get_parallel  # noqa: PLC0415
 
     group = get_parallel().tp_group.cpu_group
@@ -423,12 +424,16 @@ def label_outputs(scheduler: Any, version: str) -> None:
 def use_device(device: torch.device) -> None:
     """Make the device this thread's own; a new thread begins with the first one of the host."""
     if device.type != "cpu":
+        import torch  # noqa: PLC0415  see gather
+
         torch.get_device_module(device).set_device(device)
 
 
 def wait_for_device(device: torch.device) -> None:
     """Until the device has done what was asked of it: a batch in flight, or copies into parameters."""
     if device.type != "cpu":
+        import torch  # noqa: PLC0415  see gather
+
         torch.get_device_module(device).synchronize(device)
 
 
@@ -471,6 +476,8 @@ def loading(scheduler: Any) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    import torch  # noqa: PLC0415  see gather
+
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -37,12 +37,17 @@ def back_with_huge_pages(views: Sequence[torch.Tensor]) -> None:
     """
     library = ctypes.CDLL(None, use_errno=True)
     for start, stop in _aligned_ranges(views):
-        arguments = ctypes.c_void_p(start), ctypes.c_size_t(stop - start)
-        # The first makes later faults huge where the system's policy is to wait for such a wish.
-        library.madvise(*arguments, _MADV_HUGEPAGE)
-        # Reports an error when part of the range is not mapped, and collapses the rest all the same.
-        if library.madvise(*arguments, _MADV_COLLAPSE):
-            logger.debug("not all of %d bytes are on huge pages: errno %d", stop - start, ctypes.get_errno())
+        # Page by page: the kernel ends a call at the first page that it cannot move, and leaves the others.
+        declined = sum(not _collapse(library, page) for page in range(start, stop, HUGE_PAGE_BYTES))
+        if declined:
+            logger.debug("%d of %d huge pages declined", declined, (stop - start) // HUGE_PAGE_BYTES)
+
+
+def _collapse(library: ctypes.CDLL, page: int) -> bool:
+    arguments = ctypes.c_void_p(page), ctypes.c_size_t(HUGE_PAGE_BYTES)
+    # The first makes later faults huge where the system's policy is to wait for such a wish.
+    library.madvise(*arguments, _MADV_HUGEPAGE)
+    return library.madvise(*arguments, _MADV_COLLAPSE) == 0
 
 
 def _aligned_ranges(views: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
