@@ -226,7 +226,7 @@ def test_a_measured_sync_on_one_gpu_is_predicted_within_a_quarter() -> None:
 
 
 def test_a_measured_commit_on_a_cpu_is_predicted_within_a_quarter() -> None:
-    nbytes, rows = measured("smollm2-cpu")
+    nbytes, rows = measured("smollm2-cpu-xeon")
     seconds = rows["copy_in_process", "end_to_end"]
     # Landing memory and parameters are as large as the payload: every byte is read once and written once.
     traffic = make_traffic(needed={0: nbytes}, landed={0: nbytes})
