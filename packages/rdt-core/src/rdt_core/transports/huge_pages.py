@@ -47,7 +47,7 @@ def _collapse(library: ctypes.CDLL, page: int) -> bool:
     arguments = ctypes.c_void_p(page), ctypes.c_size_t(HUGE_PAGE_BYTES)
     # The first makes later faults huge where the system's policy is to wait for such a wish.
     library.madvise(*arguments, _MADV_HUGEPAGE)
-    return library.madvise(*arguments, _MADV_COLLAPSE) == 0
+    return bool(library.madvise(*arguments, _MADV_COLLAPSE) == 0)
 
 
 def _aligned_ranges(views: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
