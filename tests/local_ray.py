@@ -11,8 +11,11 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def local_ray(*, num_gpus: int | None = None) -> Iterator[str]:
-    """Start a cluster, join it, and yield its GCS address. GPUs are counted, or only named."""
+def local_ray(*, num_gpus: int | None = None, tracing_hook: str | None = None) -> Iterator[str]:
+    """Start a cluster, join it, and yield its GCS address. GPUs are counted, or only named.
+
+    ``tracing_hook``: ``"module:function"`` that every process of the cluster calls when it starts.
+    """
     import ray
 
     # Ray keeps sockets below its temp dir, whose paths must stay short.
@@ -26,6 +29,7 @@ def local_ray(*, num_gpus: int | None = None) -> Iterator[str]:
             object_store_memory=100 * 2**20,
             namespace="rdt",
             _temp_dir=temp_dir,
+            _tracing_startup_hook=tracing_hook,
         )
         try:
             yield ray.get_runtime_context().gcs_address

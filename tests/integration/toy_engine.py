@@ -26,6 +26,7 @@ from rdt_core.error_wire import to_wire
 from rdt_core.errors import EngineTornError
 from rdt_core.recorder import record_loader
 from rdt_core.subscriber import WeightSubscriber
+from tests import spans
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -154,6 +155,8 @@ def main() -> None:
     parser.add_argument("--api-key", action="append", default=[])
     parser.add_argument("--without-weight-sync", action="store_true")
     args = parser.parse_args()
+    if spans.is_wanted():
+        spans.write_to_folder()
     app = make_app(
         args.vocab, getattr(torch, args.dtype), args.api_key, has_weight_sync=not args.without_weight_sync
     )

@@ -10,6 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from rdt_core import tracing
 from rdt_core.coordinator import (
     NOTHING_SAID,
     POLL_S,
@@ -147,7 +148,7 @@ class RayChannel:
         """See :class:`Channel`."""
         line = self._find_line() if method in METHODS else None
         if line is None:
-            ref = getattr(self._actor, method).remote(*args)
+            ref = self._call_actor(method, args)
             return lambda timeout_s: self._result(ref, method, timeout_s)
         try:
             wait = line.start(method, *args)
@@ -166,6 +167,12 @@ class RayChannel:
                 raise
 
         return result
+
+    def _call_actor(self, method: str, args: tuple[object, ...]) -> Any:
+        traceparent = tracing.traceparent()
+        if traceparent:
+            return self._actor.call.remote(method, args, traceparent)
+        return getattr(self._actor, method).remote(*args)
 
     def _drop_line(self, line: Line) -> None:
         """Ask for another line before the next call; a coordinator that was restarted has a new one."""
@@ -243,7 +250,8 @@ class LocalChannel:
         """See :class:`Channel`."""
         if not self._loop.is_running():
             raise CoordinatorLostError(self._group, "its event loop has stopped")
-        future = asyncio.run_coroutine_threadsafe(getattr(self._coordinator, method)(*args), self._loop)
+        answer = self._coordinator.call(method, args, tracing.traceparent())
+        future = asyncio.run_coroutine_threadsafe(answer, self._loop)
 
         def result(timeout_s: float) -> Any:
             try:

@@ -15,6 +15,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rdt_core import tracing
 from rdt_core.errors import (
     ConfigError,
     CoordinatorLostError,
@@ -51,13 +52,16 @@ class TrainerTask:
     Args:
         number: identifies the answer.
         kind: ``"probe"``, ``"export"``, ``"digest_reads"`` and ``"drop"``, all of which name a reader
-            (:mod:`rdt_core.exports`), or ``"digest"`` (payload: dtype by tensor).
+            (:mod:`rdt_core.exports`), ``"digest"`` (payload: dtype by tensor), or ``"trace"`` (payload: the
+            version whose publish belongs to the trace); nobody waits for the answer to the last.
         payload: plain values.
+        traceparent: of whoever asks, empty when there is no trace.
     """
 
     number: int
     kind: str
     payload: Any
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,8 +268,9 @@ class Coordinator:
             raise MissingTrainerRankError(self._group, gone, self._world_size, 0.0)
         numbers = {rank: next(self._numbers) for rank in payloads}
         self._open_tasks.update(numbers.values())
+        traceparent = tracing.traceparent()
         for rank, payload in payloads.items():
-            self._trainers[rank].tasks.append(TrainerTask(numbers[rank], kind, payload))
+            self._trainers[rank].tasks.append(TrainerTask(numbers[rank], kind, payload, traceparent))
         await self._notify()
 
         def unanswered() -> set[int]:
@@ -294,7 +299,21 @@ class Coordinator:
         """
         await self._wait(lambda: not self._behind(version) or bool(self._released(version)), timeout_s)
         await self.check_version(version, waited_s=timeout_s)
+        await self._tell_trace(version)
         return self._life, sum(trainer.arena_bytes for trainer in self._trainers.values())
+
+    async def _tell_trace(self, version: int) -> None:
+        """Tell trainer ranks to which trace their publish of ``version`` belongs, if there is one."""
+        traceparent = tracing.traceparent()
+        if traceparent:
+            for trainer in self._trainers.values():
+                trainer.tasks.append(TrainerTask(next(self._numbers), "trace", version, traceparent))
+            await self._notify()
+
+    async def call(self, method: str, args: Sequence[object], traceparent: str) -> Any:
+        """Another method by its name, in a span of its caller's trace if there is one. Called by channels."""
+        with tracing.continued(f"rdt.coordinator.{method}", traceparent, group=self._group):
+            return await getattr(self, method)(*args)
 
     async def check_version(self, version: int, topology: str = "", waited_s: float = 0.0) -> str:
         """Whether every trainer rank holds ``version`` now.

@@ -37,7 +37,8 @@ def call(subscriber: WeightSubscriber, method: str, payload: Mapping[str, Any]) 
     try:
         if method not in _METHODS:
             raise WireFormatError("control method", f"unknown method {method!r}")
-        with tracing.span(f"rdt.engine.{method}", parent=tracing.parse_traceparent(payload)):
+        parent = tracing.parse_traceparent(payload)
+        with tracing.span(f"rdt.engine.{method}", parent=parent, rank=subscriber.rank):
             return {"ok": True, "result": _METHODS[method](subscriber, payload)}
     except RdtError as error:
         return {"ok": False, "error": to_wire(error)}

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
+from rdt_core import tracing
 from rdt_core.coordinator import Outcome
 from rdt_core.error_wire import from_wire, to_wire
 from rdt_core.errors import CoordinatorLostError, DeadlineError, RdtError
@@ -105,9 +106,9 @@ class LineServer:
 
     async def _call(self, request: bytes) -> Any:
         try:
-            method, args = unpack(request)
+            method, args, traceparent = unpack(request)
             if method in METHODS:
-                return await getattr(self._coordinator, method)(*args)
+                return await self._coordinator.call(method, args, str(traceparent))
         except RdtError as error:
             return error
         except (TypeError, ValueError) as error:
@@ -140,7 +141,7 @@ class Line:
         """
         try:
             connection = self._take()
-            connection.sendall(_frame([method, list(args)]))
+            connection.sendall(_frame([method, list(args), tracing.traceparent()]))
         except OSError as error:
             raise CoordinatorLostError(self._group, f"its line is broken: {error}") from error
         return functools.partial(self._finish, connection, method)

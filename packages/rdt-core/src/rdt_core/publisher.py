@@ -6,12 +6,14 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 import uuid
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from rdt_core import ray_session
+from rdt_core import ray_session, tracing
 from rdt_core.client import CoordinatorClient, RayChannel
 from rdt_core.coordinator import LastWords, Outcome, TrainerTask
 from rdt_core.describe import describe_trainer
@@ -43,6 +45,15 @@ logger = logging.getLogger(__name__)
 _JOIN_TIMEOUT_S = 15.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Published:
+    """When the last version was made ready and told; version 0 before the first."""
+
+    version: int
+    started_unix_ns: int
+    ended_unix_ns: int
+
+
 class WeightPublisher:
     """One trainer rank's part in a sync group. Make one with :meth:`attach` in every rank.
 
@@ -61,6 +72,7 @@ class WeightPublisher:
         self._settle: Callable[[], None] = _nothing
         self._introducing = threading.Lock()
         self._is_released = True
+        self._published = _Published(0, 0, 0)
         self._manifest = manifest_to_bytes(self._described.manifest)
         self._version = client.attach(local.rank, local.world_size, self._instance, self._manifest)
         self._session = client.session()
@@ -148,6 +160,7 @@ class WeightPublisher:
             raise InvalidVersionError(version)
         if version <= self._version:
             raise StaleVersionError(version, self._version, "published")
+        started_unix_ns = time.time_ns()
         if self._local.refresh is not None:
             self._local.refresh()
         self._check_addresses()
@@ -160,6 +173,7 @@ class WeightPublisher:
         self._exports.refresh(version)
         with self._introducing:
             self._version, self._is_released = version, False
+        self._published = _Published(version, started_unix_ns, time.time_ns())
         self._settle = self._start_publish(version)
 
     def release(self, *, timeout_s: float = 30.0) -> None:
@@ -298,8 +312,13 @@ class WeightPublisher:
 
     def _carry_out(self, task: TrainerTask) -> Outcome:
         try:
+            if task.kind == "trace":
+                self._trace_publish(task)
+                return Outcome()
             if task.kind in self._answers:
-                return Outcome(self._answers[task.kind](task.payload))
+                rank = self._local.rank
+                with tracing.continued(f"rdt.trainer.{task.kind}", task.traceparent, rank=rank):
+                    return Outcome(self._answers[task.kind](task.payload))
         except RdtError as error:
             return Outcome(error=error)
         except Exception as error:
@@ -319,6 +338,19 @@ class WeightPublisher:
             "export": self._exports.open,
             "probe": self._exports.probe,
         }
+
+    def _trace_publish(self, task: TrainerTask) -> None:
+        """Add the publish of a version to the trace of its sync, which begins at any time, also later."""
+        done = self._published
+        if done.version == task.payload:
+            tracing.record_span(
+                "rdt.trainer.publish",
+                done.started_unix_ns,
+                done.ended_unix_ns,
+                parent=task.traceparent,
+                rank=self._local.rank,
+                version=done.version,
+            )
 
     def _digest(self, dtypes: dict[str, str]) -> list[RegionDigest]:
         """Digest every local shard of the given tensors, in the dtype the engine holds them in."""

@@ -7,7 +7,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from rdt_core import ray_session
+from rdt_core import ray_session, tracing
 from rdt_core.client import CoordinatorClient, RayChannel
 from rdt_core.connection import Connection, ConnectRequest, open_connection
 from rdt_core.coordinator import Outcome
@@ -54,6 +54,11 @@ class WeightSubscriber:
     def version(self) -> int:
         """The group's version that the model holds; 0 before the first commit of this group's session."""
         return self._life.committed
+
+    @property
+    def rank(self) -> int:
+        """This worker's rank in its engine."""
+        return self._model.rank
 
     @property
     def is_torn(self) -> bool:
@@ -143,8 +148,13 @@ class WeightSubscriber:
         """
         number = self._life.begin_read(version)
         connection = self._connected("prepare")
+        parent = tracing.traceparent()
 
         def read() -> None:
+            with tracing.continued("rdt.engine.read", parent, rank=self._model.rank, version=version):
+                read_and_report()
+
+        def read_and_report() -> None:
             try:
                 self._read(connection, number, version, timeout_s, verify)
                 outcome = Outcome({"version": version, "prepare_s": connection.read_s})
