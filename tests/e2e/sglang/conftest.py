@@ -96,7 +96,9 @@ def server(
     """One server a case for all tests. Ray is there before it, while the machine is still idle."""
     del ray_address
     _, seed, flags = CASES[case]
-    env = {"RDT_TEST_FAULT": str(fault), "PYTHONPATH": str(ROOT / "tests" / "e2e" / "sglang" / "faults")}
+    faults = ROOT / "tests" / "e2e" / "sglang" / "faults"
+    path = os.pathsep.join(filter(None, (str(faults), os.environ.get("PYTHONPATH"))))
+    env = {"RDT_TEST_FAULT": str(fault), "PYTHONPATH": path}
     with serve(checkpoint(family, seed), "--weight-sync", "rdt", *flags, env=env) as started:
         LOADED[family, seed] = ask_all(started)
         yield started
