@@ -44,12 +44,19 @@ def channel() -> Iterator[LocalChannel]:
     channel.end()
 
 
-def attach(channel: LocalChannel, held: Parameter, refresh: Callable[[], None]) -> WeightPublisher:
+def attach(
+    channel: LocalChannel, held: Parameter, refresh: Callable[[], None], copied_bytes: int = 0
+) -> WeightPublisher:
     shard = LocalShard(
         spec=TensorSpec("w", (4,), "float32"), region=Region((0,), (4,)), data=held.data, owner="w"
     )
     local = LocalShards(
-        rank=0, world_size=1, shards=(shard,), locate=lambda: (held.data.data_ptr(),), refresh=refresh
+        rank=0,
+        world_size=1,
+        shards=(shard,),
+        locate=lambda: (held.data.data_ptr(),),
+        refresh=refresh,
+        copied_bytes=copied_bytes,
     )
     return WeightPublisher.attach("policy", local, channel=channel)
 
@@ -67,6 +74,29 @@ def test_a_parameter_that_moves_while_it_is_completed_is_noticed(channel: LocalC
     held = Parameter()
     with attach(channel, held, held.move) as publisher, pytest.raises(WindowMovedError):
         publisher.publish(1)
+
+
+def test_nobody_reads_while_an_exporter_fills_its_copies(channel: LocalChannel) -> None:
+    held, client = Parameter(), CoordinatorClient(channel)
+    with attach(channel, held, held.complete, copied_bytes=16) as publisher, ThreadPoolExecutor(1) as pool:
+        publisher.publish(1)
+        assert publisher.arena_bytes == 16
+        client.join("engine", 0, {})
+        lease = client.begin_read("engine", 0, 1, client.topology(), 30.0)
+        held.pending = torch.ones(4)
+        published = pool.submit(publisher.publish, 2)
+        # Once the rank is known to write, publish waits for the reader, and nothing has been filled.
+        wait_until(lambda: client.status()["trainers"][0]["writing"])
+        assert not held.data.any()
+        client.drop_lease(lease)
+        published.result(30)
+        assert bool(held.data.all())
+
+
+def wait_until(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_true():
+        assert time.monotonic() < deadline
 
 
 class SlowDigests(WeightPublisher):

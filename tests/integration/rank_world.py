@@ -1,7 +1,8 @@
 """A world of real processes that run named cases together, and stop when a test says so.
 
 In the test process: :class:`RankWorld`. In each rank: this file run as a program, which joins a gloo group
-and then runs the case, with its arguments, of every line of its standard input.
+and then runs the case, with its arguments, of every line of its standard input. A case is a function of the
+cases' module, or ``"other_cases.name"`` for one of a module beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _ROOT = Path(__file__).parents[2]
 _COLLECTIVE_TIMEOUT = timedelta(seconds=60)
@@ -44,7 +48,7 @@ class RankWorld:
         """What the case returned in each rank, by rank. Blocks until all have answered.
 
         Args:
-            case: name of a function of the cases' module.
+            case: name of a function of the cases' module, or ``"module.name"`` of one beside it.
             arguments: plain values for it.
             timeout_s: for all ranks together.
 
@@ -135,6 +139,13 @@ def _read_lines(pipe: IO[str], lines: queue.Queue[str | None]) -> None:
     lines.put(None)
 
 
+def _find_case(cases: str, case: str) -> Callable[..., object]:
+    beside, _, name = case.rpartition(".")
+    module = f"{cases.rpartition('.')[0]}.{beside}" if beside else cases
+    found: Callable[..., object] = getattr(importlib.import_module(module), name)
+    return found
+
+
 def serve(cases: str, rank: int, world_size: int, rendezvous: str) -> None:
     """Body of one rank: run cases until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
@@ -148,11 +159,10 @@ def serve(cases: str, rank: int, world_size: int, rendezvous: str) -> None:
         world_size=world_size,
         timeout=_COLLECTIVE_TIMEOUT,
     )
-    module = importlib.import_module(cases)
     for line in sys.stdin:
         try:
             case, *arguments = json.loads(line)
-            answer = {"result": getattr(module, case)(*arguments)}
+            answer = {"result": _find_case(cases, case)(*arguments)}
         except Exception:  # noqa: BLE001  # the test process reports it
             answer = {"failure": traceback.format_exc()}
         answers.write(json.dumps(answer) + "\n")

@@ -100,7 +100,9 @@ def test_locate_notices_exactly_the_parameters_that_were_assigned_anew(two: Rank
         assert "embed.weight" not in moved
 
 
-@pytest.mark.parametrize("case", ["flat_parameters", "flat_parameters_without_original_ones"])
+@pytest.mark.parametrize(
+    "case", ["flat_cases.flat_parameters", "flat_cases.flat_parameters_without_original_ones"]
+)
 def test_fsdp1_cuts_inside_of_rows_and_every_cut_is_at_most_three_boxes(two: RankWorld, case: str) -> None:
     ranks = two.run(case)
     assert any("[" in box and len(rank[name]) > 1 for rank in ranks for name in rank for box in rank[name])
@@ -108,7 +110,9 @@ def test_fsdp1_cuts_inside_of_rows_and_every_cut_is_at_most_three_boxes(two: Ran
 
 
 def test_what_every_rank_holds_whole_is_exported_by_every_rank(two: RankWorld) -> None:
-    assert {len(boxes) for rank in two.run("flat_parameters_kept_whole") for boxes in rank.values()} == {1}
+    assert {
+        len(boxes) for rank in two.run("flat_cases.flat_parameters_kept_whole") for boxes in rank.values()
+    } == {1}
     first, second = two.run("distributed_data_parallel")
     assert first == second
 
@@ -128,7 +132,7 @@ def test_names_are_mapped_by_the_given_function(two: RankWorld) -> None:
         ("refuses_meta", "scale", "meta device"),
         ("refuses_integers", "codes", "torch.int8"),
         ("refuses_separate_runs", "rows", "separate runs"),
-        ("refuses_offloaded_flat_parameters", "the model", "offloads it to the CPU"),
+        ("flat_cases.refuses_offloaded_flat_parameters", "the model", "offloads it to the CPU"),
     ],
 )
 def test_what_cannot_be_described_is_refused_by_name(
@@ -149,7 +153,13 @@ def test_describing_a_model_takes_memory_that_does_not_grow_with_it(two: RankWor
 
 
 @pytest.mark.parametrize(
-    "case", ["llama_rebuilt", "tied_qwen3_rebuilt", "qwen3_moe_rebuilt", "mixtral_rebuilt"]
+    "case",
+    [
+        "rebuilt_cases.llama_rebuilt",
+        "rebuilt_cases.tied_qwen3_rebuilt",
+        "rebuilt_cases.qwen3_moe_rebuilt",
+        "rebuilt_cases.mixtral_rebuilt",
+    ],
 )
 def test_a_transformers_model_rebuilt_from_live_regions_gives_equal_logits(two: RankWorld, case: str) -> None:
     for rank, answer in enumerate(two.run(case, timeout_s=_IMPORT_TIMEOUT_S)):
@@ -162,11 +172,13 @@ def test_a_transformers_model_rebuilt_from_live_regions_gives_equal_logits(two: 
 
 
 def test_a_transformers_model_rebuilt_from_flat_parameters_gives_equal_logits(two: RankWorld) -> None:
-    for answer in two.run("flat_rebuilt", timeout_s=_IMPORT_TIMEOUT_S):
+    for answer in two.run("rebuilt_cases.flat_rebuilt", timeout_s=_IMPORT_TIMEOUT_S):
         assert_equal_logits(answer)
 
 
-@pytest.mark.parametrize("case", ["hsdp_rebuilt", "tensor_parallel_under_fsdp_rebuilt"])
+@pytest.mark.parametrize(
+    "case", ["rebuilt_cases.hsdp_rebuilt", "rebuilt_cases.tensor_parallel_under_fsdp_rebuilt"]
+)
 def test_the_same_on_meshes_of_four_ranks(four: RankWorld, case: str) -> None:
     for answer in four.run(case, timeout_s=_IMPORT_TIMEOUT_S):
         assert_equal_logits(answer)

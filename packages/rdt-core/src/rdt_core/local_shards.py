@@ -21,8 +21,8 @@ class LocalShard:
     Args:
         spec: checkpoint name, GLOBAL shape in elements, dtype in memory.
         region: the box held by this rank.
-        data: a view of the live storage with ``data.shape == region.shape``, of any strides. Never a copy:
-            the optimizer writes what engines read.
+        data: a view of the live storage with ``data.shape == region.shape``, of any strides. The optimizer
+            writes what engines read; a copy only where ``LocalShards.refresh`` fills it.
         owner: name of the trainer's own parameter, for error messages.
     """
 
@@ -43,7 +43,9 @@ class LocalShards:
         locate: returns the current ``data_ptr`` of every shard in order, looked up afresh from the model,
             so that ``publish`` notices memory that moved. Takes no collective.
         refresh: makes the views hold what the optimizer last wrote, where they do not after every step.
-            ``publish`` runs it first, in the caller's thread; it may be a collective of trainer ranks.
+            ``publish`` releases the last version and runs it, in the caller's thread; it may be a collective
+            of trainer ranks.
+        copied_bytes: of the shards that are copies beside the parameters, which ``refresh`` fills.
     """
 
     rank: int
@@ -51,3 +53,4 @@ class LocalShards:
     shards: tuple[LocalShard, ...]
     locate: Callable[[], tuple[int, ...]]
     refresh: Callable[[], None] | None = None
+    copied_bytes: int = 0

@@ -130,8 +130,8 @@ class WeightPublisher:
 
     @property
     def arena_bytes(self) -> int:
-        """Bytes held beside the parameters for engines that read them packed or cast; 0 when none does."""
-        return self._exports.arena_bytes
+        """Bytes held beside the parameters: what engines read packed or cast, and an exporter's copies."""
+        return self._exports.arena_bytes + self._local.copied_bytes
 
     def publish(self, version: int) -> None:
         """Say that this rank's parameters now hold ``version``, and may be read until they are next written.
@@ -162,6 +162,8 @@ class WeightPublisher:
             raise StaleVersionError(version, self._version, "published")
         started_unix_ns = time.time_ns()
         if self._local.refresh is not None:
+            # It writes what readers of the last version may still be reading.
+            self.release()
             self._local.refresh()
         self._check_addresses()
         if self._described.manifest.device.startswith("cuda"):

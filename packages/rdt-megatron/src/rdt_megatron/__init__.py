@@ -9,14 +9,21 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rdt_megatron.adapters import adapter_shards
     from rdt_megatron.fsdp import fsdp_shards
     from rdt_megatron.megatron import megatron_shards
+    from rdt_megatron.merged import merged_shards
 
 __version__ = "0.1.0"
 
-_LAZY = {"fsdp_shards": "rdt_megatron.fsdp", "megatron_shards": "rdt_megatron.megatron"}
+_LAZY = {
+    "adapter_shards": "rdt_megatron.adapters",
+    "fsdp_shards": "rdt_megatron.fsdp",
+    "megatron_shards": "rdt_megatron.megatron",
+    "merged_shards": "rdt_megatron.merged",
+}
 
-__all__ = ["__version__", "fsdp_shards", "megatron_shards"]
+__all__ = ["__version__", "adapter_shards", "fsdp_shards", "megatron_shards", "merged_shards"]
 
 
 def __getattr__(name: str) -> object:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -17,10 +16,14 @@ from rdt_megatron.dtensor_region import NotOneBoxError, held_region
 from rdt_megatron.fsdp1 import FlatShards
 from rdt_megatron.names import strip_wrappers
 from rdt_megatron.part import Part, shards_of
+from rdt_megatron.peft_names import adapted_modules
 from rdt_megatron.readable import check_readable
+from rdt_megatron.world import rank_and_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    import torch.distributed as dist
 
 
 class _Finder:
@@ -78,38 +81,59 @@ def fsdp_shards(
 
     Raises:
         UnsupportedLayoutError: a parameter's memory is not a box of a checkpoint tensor, or not where an
-            engine could read it.
+            engine could read it; or PEFT has added adapters (see ``merged_shards`` and ``adapter_shards``).
     """
-    rank, world_size = _place(process_group)
-    _reshard(model)
-    model_type = _model_type(model)
+    rank, world_size = rank_and_size(process_group)
+    _refuse_adapted(model, rank)
+    reshard(model)
+    with torch.no_grad():
+        return shards_of_parts(
+            parts_of(model, rank), rank, world_size, names=names, model_type=model_type_of(model)
+        )
+
+
+def shards_of_parts(
+    parts: Iterable[Part],
+    rank: int,
+    world_size: int,
+    *,
+    names: Callable[[str], str] | None = None,
+    model_type: str | None = None,
+) -> LocalShards:
+    """What an exporter returns, from the boxes that it found. For the arguments see ``fsdp_shards``."""
     shards: list[LocalShard] = []
     sources: list[tuple[Callable[[], torch.Tensor], int]] = []
-    with torch.no_grad():
-        for part in _parts(model, rank):
-            found = list(shards_of(part, names, model_type, rank))
-            base = part.find().data_ptr()
-            shards += found
-            sources += [(part.find, shard.data.data_ptr() - base) for shard in found]
+    for part in parts:
+        found = list(shards_of(part, names, model_type, rank))
+        base = part.find().data_ptr()
+        shards += found
+        sources += [(part.find, shard.data.data_ptr() - base) for shard in found]
     return LocalShards(
         rank=rank, world_size=world_size, shards=tuple(shards), locate=lambda: _locate(sources)
     )
 
 
-def _place(process_group: dist.ProcessGroup | None) -> tuple[int, int]:
-    if not dist.is_available() or not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(process_group), dist.get_world_size(process_group)
+def _refuse_adapted(model: nn.Module, rank: int) -> None:
+    name, module = next(adapted_modules(model), (None, None))
+    if name is not None:
+        raise UnsupportedLayoutError(
+            name,
+            rank,
+            f"it is a {type(module).__name__} of PEFT, and the sum of base weight and adapter that an engine "
+            "would load lies nowhere in memory",
+            "Use merged_shards(model), which keeps a merged copy of every adapted weight, or "
+            "adapter_shards(model) for the adapter alone.",
+        )
 
 
-def _reshard(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Put every FSDP2 group's sharded parameters back on its modules. No collective."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def _model_type(model: nn.Module) -> str | None:
+def model_type_of(model: nn.Module) -> str | None:
     """``config.model_type`` of a transformers model, wrapped or not."""
     for module in model.modules():
         found = getattr(getattr(module, "config", None), "model_type", None)
@@ -118,7 +142,7 @@ def _model_type(model: nn.Module) -> str | None:
     return None
 
 
-def _parts(model: nn.Module, rank: int) -> Iterator[Part]:
+def parts_of(model: nn.Module, rank: int) -> Iterator[Part]:
     """Every box that this rank holds of a parameter; tied parameters once."""
     flat = FlatShards(model, rank)
     for part in flat.parts():
