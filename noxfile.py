@@ -34,6 +34,7 @@ nox.options.sessions = [
     "contract",
     "integration",
     "faults",
+    "chaos",
     "integration-megatron",
     "e2e-vllm",
     "e2e-sglang",
@@ -345,8 +346,24 @@ def integration_megatron_latest(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["env-torch"])
 def faults(session: nox.Session) -> None:
-    """Kill, stop and break every party of a sync; docs/reliability.md has the table of it."""
+    """Kill, stop and break every party of a sync; docs/reliability.md has the table of it.
+
+    ``-- --all`` runs the whole matrix, half an hour; ``-- --all --record`` writes what it measures.
+    """
     run_in(session, TORCH, "-m", "pytest", "tests/faults", *session.posargs, patience_s=30)
+
+
+@nox.session(venv_backend="none", requires=["env-vllm"])
+def chaos(session: nox.Session) -> None:
+    """Let faults come at random while engines serve and sync every second. Arguments after -- go to it.
+
+    With ``--engines`` that name sglang, its environment is built first.
+    """
+    arguments = list(session.posargs)
+    if any("sglang" in argument for argument in arguments):
+        session.run(sys.executable, "-m", "nox", "-s", SGLANG.session, external=True)
+        arguments += ["--sglang-python", str(SGLANG.python_path)]
+    run_in(session, VLLM, "-m", "tests.chaos", *arguments, patience_s=60)
 
 
 @nox.session(name="e2e-vllm", venv_backend="none", requires=["env-vllm", "env-megatron"])

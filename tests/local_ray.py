@@ -11,15 +11,21 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def local_ray(*, num_gpus: int | None = None, tracing_hook: str | None = None) -> Iterator[str]:
-    """Start a cluster, join it, and yield its GCS address. GPUs are counted, or only named.
+def local_ray(
+    *, num_gpus: int | None = None, tracing_hook: str | None = None, below: str | None = None
+) -> Iterator[str]:
+    """Start a cluster, join it, and yield its GCS address.
 
-    ``tracing_hook``: ``"module:function"`` that every process of the cluster calls when it starts.
+    Args:
+        num_gpus: that are counted, or only named.
+        tracing_hook: ``"module:function"`` that every process of the cluster calls when it starts.
+        below: the folder for its files; a short path.
     """
     import ray
 
     # Ray keeps sockets below its temp dir, whose paths must stay short.
-    with tempfile.TemporaryDirectory(prefix="rdt", dir="/tmp") as temp_dir:
+    below = below or "/tmp"  # noqa: S108  a folder with a random name is made there
+    with tempfile.TemporaryDirectory(prefix="rdt", dir=below, ignore_cleanup_errors=True) as temp_dir:
         ray.init(
             address="local",
             num_cpus=2,

@@ -31,7 +31,7 @@ from rdt_core.client import LocalChannel
 from rdt_core.coordinator import SILENT_S
 from rdt_core.errors import RdtError, SourceDiedError
 from rdt_core.lifecycle import SyncState
-from rdt_core.round import MARGIN_S
+from rdt_core.member import MARGIN_S
 from tests.contract import gated
 from tests.contract.local_engine import LocalEngine
 from tests.contract.world import GROUP, Clock, TrainerRank, World, expected_fingerprint

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.faults.gates import FOLDER_VARIABLE
+from tests.faults.results import Recorder
 from tests.integration.conftest import ROOT, START_TIMEOUT_S, answers, wait_until
 from tests.local_group import wait_for
 from tests.local_ray import local_ray
@@ -19,6 +21,34 @@ from tests.local_ray import local_ray
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--all``: every cell, not only the quick ones; ``--record``: write results.json."""
+    parser.addoption("--all", action="store_true")
+    parser.addoption("--record", action="store_true")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without ``--all``, deselect the cells that are not quick."""
+    if config.getoption("--all"):
+        return
+    slow = [item for item in items if not _is_quick(item)]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if _is_quick(item)]
+
+
+def _is_quick(item: pytest.Item) -> bool:
+    call = getattr(item, "callspec", None)
+    cell = call.params.get("cell") if call is not None else None
+    return cell is None or cell.is_quick
+
+
+@pytest.fixture(scope="session")
+def recorder(pytestconfig: pytest.Config) -> Recorder:
+    """Keeps what this run measures."""
+    return Recorder(bool(pytestconfig.getoption("--record")))
 
 
 @pytest.fixture(scope="session")
@@ -38,10 +68,9 @@ class GatedEngine:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "tests.faults.gated_engine", "--gates", str(folder)]
-        self.process = subprocess.Popen(
-            [*command, "--port", str(port)], cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1")
-        )
+        command = [sys.executable, "-m", "tests.faults.gated_engine", "--port", str(port)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", FOLDER_VARIABLE: str(folder)}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=env)
 
     def wait_until_ready(self) -> None:
         wait_until(lambda: answers(self.url), self.process)
@@ -59,6 +88,10 @@ class GatedEngine:
 
     def open_gate(self, point: str) -> None:
         (self.folder / f"{point}.armed").unlink(missing_ok=True)
+
+    def raise_at(self, point: str) -> None:
+        """The next time it comes to this point."""
+        (self.folder / f"{point}.raise").touch()
 
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -1,214 +1,224 @@
-"""Kill, stop and break every party of a sync at the points of it: real processes, real Ray, NIXL on the CPU.
+"""Kill, stop and break every party of a sync at every point of it: real processes, real Ray, NIXL on the CPU.
 
-Each cell does one thing to one party at one point, and checks what the user sees and by when, what is served
-meanwhile, and that the next update brings every engine to one version.
+Each cell does one thing to one party at one point, and checks what the user sees, what is served then, and
+that the next update brings every engine to one version. All cells share one group, so that a fault which
+costs a later sync something is found by it. ``--all`` runs the whole matrix, ``--record`` writes what was
+measured into results.json.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import textwrap
-import threading
 import time
-import uuid
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import httpx
 import pytest
-import ray
 
-from rdt_core import WeightSync
-from rdt_core.client import actor_name
-from rdt_core.errors import RdtError
-from rdt_core.ray_session import NAMESPACE
-from tests.contract.world import expected_fingerprint
-from tests.faults.cells import CELLS, UPDATE_TIMEOUT_S, Cell
-from tests.integration.conftest import ROOT, START_TIMEOUT_S
-from tests.integration.toy_trainer import start_trainers
+from tests.faults.cells import CELLS, LIMIT_S, STOPPED_S, UPDATE_TIMEOUT_S, Cell
+from tests.faults.results import Row
+from tests.faults.stage import Call, DriverProcess, Stage, break_once, get, resume_later, wait_until_stopped
+from tests.local_group import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.faults.conftest import GatedEngine
+    from tests.faults.results import Recorder
 
-DRIVER = """
-    import sys
-    from rdt_core import WeightSync
-    group, *engines = sys.argv[1:]
-    WeightSync.connect(group, engines).update(2)
-"""
-
-
-def get(refs: Any) -> Any:
-    return ray.get(refs, timeout=START_TIMEOUT_S)
-
-
-class Stage:
-    """Two engines, two trainer ranks under a group name of their own, and this process as the driver."""
-
-    def __init__(self, address: str, start_engine: Callable[[], GatedEngine]) -> None:
-        self.address, self._start_engine = address, start_engine
-        self.engines = [start_engine(), start_engine()]
-        self.group = ""
-        self.ranks: list[Any] = []
-        self.pids: list[int] = []
-        for engine in self.engines:
-            engine.wait_until_ready()
-
-    def begin(self, cell: Cell) -> WeightSync:
-        """A new group in which both engines serve version 1 and version 2 is there to be read."""
-        for number, engine in enumerate(self.engines):
-            if not engine.is_alive:
-                self.engines[number] = self._start_engine()
-                self.engines[number].wait_until_ready()
-        self.group = f"faults-{uuid.uuid4().hex[:8]}"
-        self.start_trainers()
-        self.publish(1)
-        sync = WeightSync.connect(self.group, [engine.url for engine in self.engines], mode=cell.mode)
-        sync.update(1)
-        self.publish(2)
-        return sync
-
-    def start_trainers(self) -> None:
-        for rank in self.ranks:
-            ray.kill(rank)
-        self.ranks = start_trainers(2)
-        self.pids = get([rank.attach.remote(self.group) for rank in self.ranks])
-
-    def publish(self, version: int) -> None:
-        get([rank.write.remote(version) for rank in self.ranks])
-        get([rank.publish.remote(version) for rank in self.ranks])
-
-    def pid_of(self, victim: str) -> int:
-        if victim == "trainer":
-            return self.pids[1]
-        if victim == "engine":
-            return self.engines[0].process.pid
-        actor = ray.get_actor(actor_name(self.group), namespace=NAMESPACE)
-        return int(get(actor.__ray_call__.remote(lambda _: os.getpid())))
+BROKEN_METHOD = {
+    "connect": "_missing",
+    "publish": "publish",
+    "before read": "begin_read",
+    "after read": "end_read",
+    "after commit": "record",
+}
+"""What a coordinator is called for at each point."""
 
 
 @pytest.fixture(scope="module")
 def stage(ray_cluster: str, start_engine: Callable[[], GatedEngine]) -> Iterator[Stage]:
     made = Stage(ray_cluster, start_engine)
     yield made
-    for rank in made.ranks:
-        ray.kill(rank)
+    made.close()
 
 
-class Update(threading.Thread):
-    """``sync.update(2)`` in a thread, and what came of it."""
+class Scene:
+    """One cell being played."""
 
-    def __init__(self, sync: WeightSync) -> None:
-        super().__init__(daemon=True)
-        self._sync = sync
-        self.error: RdtError | None = None
-        self.ended = 0.0
-        self.start()
+    def __init__(self, stage: Stage, cell: Cell) -> None:
+        self._stage, self._cell = stage, cell
+        stage.begin(cell.mode)
+        self.old, self.new = stage.version, stage.version + 1
+        self._gated = stage.engines[0]
+        self._driver: DriverProcess | None = None
+        self._pid = 0
+        self._resumes_at = 0.0
 
-    def run(self) -> None:
-        try:
-            self._sync.update(2, timeout_s=UPDATE_TIMEOUT_S)
-        except RdtError as error:
-            self.error = error
-        self.ended = time.monotonic()
+    def play(self) -> Row:
+        """Do the harm, and say what came of it."""
+        stage, cell = self._stage, self._cell
+        if cell.victim == "driver" or cell.point == "connect":
+            stage.leave()
+        if cell.victim == "driver":
+            self._driver = DriverProcess(stage.group, stage.urls, stage.address)
+            if cell.point != "connect":
+                self._driver.tell("connect", cell.mode, UPDATE_TIMEOUT_S)
+                assert not self._driver.hear()
+        if cell.point == "publish":
+            stage.write(self.new)
+        elif cell.point != "connect":
+            stage.publish(self.new)
+        call, harmed = self._harm_at_the_point()
+        sees = call.finish()
+        seconds = max(0.0, call.ended - harmed)
+        print(f"{cell.name}: {sees or 'done'} after {seconds:.1f} s: {call.error}")  # noqa: T201  for a person
+        return Row(sees=sees, seconds=seconds, serves=self._find_served())
 
-    def finish(self) -> str:
-        """The type of the reason; empty when the update succeeded."""
-        self.join(START_TIMEOUT_S)
-        assert not self.is_alive(), "the update hangs"
-        reason = self.error.__cause__ if self.error and self.error.__cause__ else self.error
-        return type(reason).__name__ if reason else ""
+    def _harm_at_the_point(self) -> tuple[Call, float]:
+        stage, cell = self._stage, self._cell
+        if cell.point == "publish":
+            call = self._begin()
+            get(stage.ranks[0].publish.remote(self.new))
+            harmed = self._harm()
+            if cell.victim != "trainer" or cell.fault == "SIGSTOP":
+                stage.ranks[1].publish.remote(self.new)
+            return call, harmed
+        if cell.victim == "trainer" and cell.fault == "exception" and cell.point == "connect":
+            harmed = self._harm()
+            return self._begin(), harmed
+        self._gated.close_gate(cell.point)
+        call = self._begin()
+        self._gated.wait_at(cell.point)
+        if cell.point.endswith("commit"):
+            # The other engine is done, so that what each serves in the end does not depend on their order.
+            wait_for(lambda: stage.served(stage.engines[1], self.old, self.new) == "new")
+        harmed = self._harm()
+        self._gated.open_gate(cell.point)
+        return call, harmed
 
+    def _begin(self) -> Call:
+        """What the user calls."""
+        stage, driver = self._stage, self._driver
+        if driver is not None:
+            words = ("connect", self._cell.mode) if self._cell.point == "connect" else ("update", self.new)
+            driver.tell(*words, UPDATE_TIMEOUT_S)
+            return Call(lambda: self._hear(driver))
+        if self._cell.point == "connect":
+            return Call(lambda: stage.connect(self._cell.mode))
+        sync = stage.sync
+        return Call(lambda: sync.update(self.new, timeout_s=UPDATE_TIMEOUT_S))
 
-def do_harm(stage: Stage, cell: Cell) -> int:
-    """Returns the pid of whom it was done to."""
-    if cell.fault == "exception":
-        (stage.engines[0].folder / "raise").touch()
-        return 0
-    pid = stage.pid_of(cell.victim)
-    os.kill(pid, getattr(signal, cell.fault))
-    return pid
+    def _hear(self, driver: DriverProcess) -> None:
+        answer = driver.hear()
+        if answer:
+            raise type(answer, (Exception,), {})(self._cell.name)
 
+    def _harm(self) -> float:
+        """Returns when it was done."""
+        stage, cell = self._stage, self._cell
+        if cell.fault == "exception":
+            self._break()
+            return time.monotonic()
+        self._pid = self._find_pid()
+        os.kill(self._pid, getattr(signal, cell.fault))
+        harmed = time.monotonic()
+        if cell.fault == "SIGSTOP":
+            wait_until_stopped(self._pid)
+            self._resumes_at = harmed + STOPPED_S
+            resume_later(self._pid, self._resumes_at)
+        elif cell.victim == "driver":
+            assert self._driver is not None
+            self._driver.process.wait()
+        elif cell.victim == "engine":
+            stage.engines[0].process.wait()
+        return harmed
 
-def served(engine: GatedEngine) -> str:
-    """What an engine serves, as the cells call it."""
-    answer = httpx.get(f"{engine.url}/fingerprint", timeout=START_TIMEOUT_S)
-    if not answer.is_success:
-        assert answer.json()["error"]["type"] == "EngineTornError"
-        return "nothing"
-    names = {1: "old", 2: "new"}
-    return next(names[version] for version in names if answer.json() == expected_fingerprint(version))
+    def _find_pid(self) -> int:
+        stage, victim = self._stage, self._cell.victim
+        if victim == "driver":
+            assert self._driver is not None
+            return self._driver.process.pid
+        if victim == "trainer":
+            return stage.pids[1]
+        return stage.engines[0].process.pid if victim == "engine" else stage.coordinator_pid()
 
+    def _break(self) -> None:
+        stage, cell = self._stage, self._cell
+        match cell.victim, cell.point:
+            case "driver", _:
+                assert self._driver is not None
+                self._driver.process.send_signal(signal.SIGINT)
+            case "engine", _:
+                stage.engines[0].raise_at(cell.point)
+            case "coordinator", _:
+                break_once(stage.coordinator(), BROKEN_METHOD[cell.point])
+            case "trainer", "connect":
+                get(stage.ranks[1].fail_in_probe.remote())
+            case "trainer", "publish":
+                get(stage.ranks[1].move_memory.remote())
+                with pytest.raises(Exception, match="moved since attach"):
+                    get(stage.ranks[1].publish.remote(self.new))
+            case _:
+                get(stage.ranks[1].fail_in_step.remote())
 
-def repair(stage: Stage, cell: Cell, sync: WeightSync, pid: int) -> None:
-    """What the cell says, and then version 3 in every engine."""
-    (stage.engines[0].folder / "raise").unlink(missing_ok=True)
-    if cell.fault == "SIGSTOP":
-        os.kill(pid, signal.SIGCONT)
-    if cell.victim == "trainer":
-        stage.start_trainers()
-    if cell.victim == "engine" and cell.fault == "SIGKILL":
-        sync.remove_engine(stage.engines[0].url)
-        stage.engines[0] = stage._start_engine()
-        stage.engines[0].wait_until_ready()
-        sync.add_engine(stage.engines[0].url)
-    stage.publish(3)
-    sync.update(3)
-    for engine in stage.engines:
-        assert httpx.get(f"{engine.url}/fingerprint", timeout=START_TIMEOUT_S).json() == expected_fingerprint(
-            3
+    def _find_served(self) -> str:
+        """By the engines that live. A stopped one says so when it goes on, and has done what it was asked."""
+        stage, cell = self._stage, self._cell
+        others = stage.served(stage.engines[1], self.old, self.new)
+        if cell.victim == "engine" and cell.fault == "SIGKILL":
+            return others
+        self.wait_until_resumed()
+        first = stage.served(stage.engines[0], self.old, self.new)
+        return first if first == others else f"{first}; the other: {others}"
+
+    def wait_until_resumed(self) -> None:
+        """Until the process that was stopped runs again."""
+        left = self._resumes_at - time.monotonic()
+        if left > 0:
+            time.sleep(left)  # that a process stands still for so long is the fault itself
+
+    def repair(self) -> float:
+        """What the cell says, until every engine serves the next version; in how many seconds."""
+        stage, cell = self._stage, self._cell
+        started = time.monotonic()
+        needs_trainers = cell.victim == "trainer" and (
+            cell.fault == "SIGKILL" or (cell.fault == "exception" and cell.point in ("connect", "publish"))
         )
+        self.wait_until_resumed()
+        if needs_trainers:
+            stage.start_trainers()
+        if cell.victim == "engine" and cell.fault == "SIGKILL":
+            stage.replace_engine()
+        version = self.new + 1
+        stage.publish(version)
+        if self._driver is not None and cell.fault != "SIGKILL":
+            self._update_by_the_same_driver(self._driver, version)
+        else:
+            if stage._sync is None:
+                stage.connect(cell.mode)
+            stage.sync.update(version)
+        if self._driver is not None:
+            self._driver.end()
+        stage.check_all_serve(version)
+        return time.monotonic() - started
+
+    def _update_by_the_same_driver(self, driver: DriverProcess, version: int) -> None:
+        if self._cell.point == "connect":
+            driver.tell("connect", self._cell.mode, UPDATE_TIMEOUT_S)
+            assert not driver.hear()
+        driver.tell("update", version, UPDATE_TIMEOUT_S)
+        assert not driver.hear()
 
 
-@pytest.mark.parametrize(
-    "cell", [cell for cell in CELLS if cell.victim != "driver"], ids=lambda cell: str(cell.name)
-)
-def test_what_the_user_sees_what_serves_and_what_repairs_it(stage: Stage, cell: Cell) -> None:
-    sync = stage.begin(cell)
-    gated = stage.engines[0]
-    if cell.point == "publish" or cell.fault == "exception":
-        pid = do_harm(stage, cell)
-        update, harmed = Update(sync), time.monotonic()
-    else:
-        gated.close_gate(cell.point)
-        update = Update(sync)
-        gated.wait_at(cell.point)
-        pid, harmed = do_harm(stage, cell), time.monotonic()
-        gated.open_gate(cell.point)
-    sees = update.finish()
-    print(f"{cell.name}: {sees or 'done'} after {update.ended - harmed:.1f} s")  # noqa: T201  for a person
-    assert sees == cell.sees, update.error
-    assert update.ended - harmed < cell.within_s
-    survivor = stage.engines[1] if cell.victim == "engine" and cell.fault != "exception" else gated
-    assert served(survivor) == cell.serves
-    repair(stage, cell, sync, pid)
-    sync.close()
-    if cell.fault == "SIGSTOP" and cell.victim == "engine":
-        # See "Known" in docs/reliability.md: it may crash when its old trainers have gone.
-        gated.stop()
-
-
-def test_a_driver_that_is_killed_after_the_read_leaves_the_old_version_and_its_successor_goes_on(
-    stage: Stage,
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: str(cell.name))
+def test_what_the_user_sees_what_serves_and_what_repairs_it(
+    stage: Stage, cell: Cell, recorder: Recorder
 ) -> None:
-    (cell,) = (cell for cell in CELLS if cell.victim == "driver")
-    stage.begin(cell).close()
-    stage.engines[0].close_gate(cell.point)
-    urls = [engine.url for engine in stage.engines]
-    child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(DRIVER), stage.group, *urls],
-        cwd=ROOT,
-        env={**os.environ, "RAY_ADDRESS": stage.address},
-    )
-    stage.engines[0].wait_at(cell.point)
-    child.kill()
-    child.wait(START_TIMEOUT_S)
-    stage.engines[0].open_gate(cell.point)
-    assert [served(engine) for engine in stage.engines] == [cell.serves] * 2
-    with WeightSync.connect(stage.group, urls) as sync:
-        assert sync.version == 1
-        repair(stage, cell, sync, 0)
+    scene = Scene(stage, cell)
+    row = scene.play()
+    row = replace(row, repair_s=scene.repair())
+    recorder.keep(cell.name, row)
+    assert cell.allows(row.sees, row.serves), row
+    assert row.seconds < LIMIT_S

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rdt_core.lifecycle import MODEL_MOVES, RANK_MOVES, SYNC_MOVES
-from tests.faults import cells
+from tests.faults import cells, results
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,7 +37,8 @@ TABLES = {
     "rank": draw(RANK_MOVES),
     "model": draw(MODEL_MOVES),
     "driver": draw(SYNC_MOVES),
-    "faults": cells.table(),
+    "faults": cells.table(results.read()["rows"]),
+    "runs": results.table(results.read()["runs"]),
 }
 
 

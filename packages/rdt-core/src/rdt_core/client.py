@@ -214,7 +214,10 @@ class RayChannel:
         except exceptions.RayTaskError as error:
             if isinstance(error.cause, RdtError):
                 raise error.cause from None
-            raise
+            raise RdtError(
+                f"the coordinator of group {self._group!r} failed in {method}: {_last_line(error)}. "
+                "Expected an answer or one of our errors; report this with the coordinator's log."
+            ) from error
         except exceptions.ActorUnavailableError as error:
             raise _RestartingError(self._group, type(error).__name__) from error
         except exceptions.RayActorError as error:
@@ -225,6 +228,10 @@ class RayChannel:
         import ray  # noqa: PLC0415
 
         ray.kill(self._actor)
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 class LocalChannel:

@@ -129,8 +129,10 @@ def _abort(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str
 
 
 def _disconnect(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:
-    del payload
-    subscriber.disconnect()
+    group = payload.get("group")
+    if not isinstance(group, (str, type(None))):
+        raise WireFormatError("disconnect request", f"group must be a string or left out, got {group!r}")
+    subscriber.disconnect(group)
     return subscriber.status()
 
 

@@ -90,7 +90,8 @@ class CoordinatorLostError(SessionError):
     def __init__(self, group: str, detail: str) -> None:
         self.group, self.detail = group, detail
         super().__init__(
-            f"the coordinator of sync group {group!r} is gone ({detail}). Attach and connect again.",
+            f"the coordinator of sync group {group!r} is gone ({detail}). Ray restarts one that died: update "
+            "again. Once the trainers have left there is none: attach and connect again.",
             (group, detail),
         )
 

@@ -8,6 +8,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+MARGIN_S = 5.0
+"""What an engine gets on top of its own deadline, so that its error is the one that reaches the user."""
+
+CONNECT_MARGIN_S = 15.0
+"""The same for a connect, whose engine in turn waits for trainers and a coordinator."""
+
+
 class EngineControl(Protocol):
     """How a driver reaches one engine. :class:`rdt_core.engine_http.EngineHttp` is the real one.
 
@@ -43,6 +50,7 @@ class Member:
         self._engine = engine
         self.ranks: list[dict[str, Any]] = []
         self.version = 0
+        self._was_asked_to_connect = False
 
     @property
     def url(self) -> str:
@@ -59,9 +67,15 @@ class Member:
         """Whether the engine has joined, as far as this driver knows."""
         return bool(self.ranks)
 
+    @property
+    def may_be_connected(self) -> bool:
+        """Whether the engine has joined, or may yet, having been asked by a call that this driver gave up."""
+        return self._was_asked_to_connect
+
     def connect(self, asked: Mapping[str, Any], timeout_s: float) -> None:
         """Have every rank join the group; replaces an earlier connection."""
-        answer = self.call("connect", {**asked, "engine": self.url}, timeout_s)
+        self._was_asked_to_connect = True
+        answer = self.call("connect", {**asked, "engine": self.url}, timeout_s + CONNECT_MARGIN_S)
         self.ranks = answer["ranks"]
         # The whole engine holds a version when all of its ranks do.
         self.version = min(int(rank.get("version", 0)) for rank in self.ranks)

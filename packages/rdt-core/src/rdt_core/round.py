@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rdt_core.errors import ConfigError, DeadlineError, EngineUnreachableError, RdtError, UpdateFailedError
+from rdt_core.member import MARGIN_S
 from rdt_core.mode import INPLACE, STAGED
 from rdt_core.progress import trace_context
 
@@ -29,9 +30,6 @@ _ABORT_TIMEOUT_S = 5.0
 
 _LOOK_S = 2.0
 """How often a driver that waits for reads looks whether the engines that read are still there."""
-
-MARGIN_S = 5.0
-"""What an engine gets on top of its own deadline, so that it is the engine's error that reaches the user."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

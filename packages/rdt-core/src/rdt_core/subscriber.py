@@ -300,14 +300,19 @@ class WeightSubscriber:
             "is_torn": self._life.is_torn,
         }
 
-    def disconnect(self) -> None:
+    def disconnect(self, group: str | None = None) -> None:
         """Close all links and leave the group. Idempotent; the model keeps its version.
 
         Does not wait for a read: one that is under way closes its links when it ends.
+
+        Args:
+            group: leave this one only; whatever it is by default. A driver that gave up on a connect does not
+                know whether another driver's has come after it.
         """
-        connection, self._connection = self._connection, None
-        if connection is None:
+        connection = self._connection
+        if connection is None or group not in (None, connection.request.group):
             return
+        self._connection = None
         self._life.disconnect()
         connection.close()
         _leave(connection.client, connection.request.engine, self._model.rank)

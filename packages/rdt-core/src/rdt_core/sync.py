@@ -15,6 +15,7 @@ from rdt_core.dtypes import itemsize_bytes
 from rdt_core.engine_http import EngineHttp
 from rdt_core.errors import (
     ConfigError,
+    CoordinatorLostError,
     InvalidVersionError,
     RdtError,
     StaleVersionError,
@@ -141,7 +142,8 @@ class WeightSync:
         sync = cls(client, reached, asked, observers=observers)
         try:
             sync.join_all()
-        except RdtError:
+        except BaseException:
+            # Ctrl-C too must leave no engine in a group that has no driver.
             sync.close()
             raise
         return sync
@@ -240,7 +242,7 @@ class WeightSync:
                 member.connect(self._asked, timeout_s)
                 if member.version < current:
                     self._catch_up(member, current, timeout_s)
-            except RdtError:
+            except BaseException:
                 self._part_with(member)
                 raise
             self._members[member.url] = member
@@ -343,16 +345,29 @@ class WeightSync:
         with progress.enter("publish_wait"):
             life, progress.arena_bytes = self._client.wait_published(progress.version, options.timeout_s)
         self._life.move(SyncEvent.PUBLISHED)
-        attempt = Round(self._client, self._pool, members, progress.version, options, life)
         with progress.enter("prepare"):
             if options.mode is not None:
                 self._ensure_mode(options.mode)
-            ready = attempt.prepare()
+            attempt, ready = self._prepare(members, progress.version, options, life)
         self._life.move(SyncEvent.PREPARED)
         with progress.enter("commit"):
             answers = attempt.commit(ready)
         self._life.move(SyncEvent.DONE)
         return progress.report(answers, attempt.failures)
+
+    def _prepare(
+        self, members: Sequence[Member], version: int, options: UpdateOptions, life: str
+    ) -> tuple[Round, list[Member]]:
+        """Have members read; once more if the coordinator is lost meanwhile: nothing has changed yet."""
+        attempt = Round(self._client, self._pool, members, version, options, life)
+        try:
+            return attempt, attempt.prepare()
+        except CoordinatorLostError as error:
+            logger.info("version %d is read once more: %s", version, error.detail)
+        # A coordinator that Ray restarted first hears from the trainer ranks what they hold.
+        life, _ = self._client.wait_published(version, options.timeout_s)
+        attempt = Round(self._client, self._pool, members, version, options, life)
+        return attempt, attempt.prepare()
 
     def _ensure_mode(self, mode: str) -> None:
         """Connect again every engine with a rank that reads in another mode; generation there stands."""
@@ -377,8 +392,8 @@ class WeightSync:
 
     def _part_with(self, member: Member) -> None:
         try:
-            if member.is_connected:
-                member.call("disconnect", {}, _TRAINERS_TIMEOUT_S)
+            if member.may_be_connected:
+                member.call("disconnect", {"group": self._group}, _TRAINERS_TIMEOUT_S)
         except RdtError as error:
             logger.debug("engine %s did not disconnect: %s", member.url, error)
         member.close()

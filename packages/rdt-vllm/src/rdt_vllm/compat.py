@@ -114,6 +114,11 @@ async def call_workers(client: Any, method: str, *args: Any) -> list[Any]:
     return [answer for answers in engines for answer in answers]
 
 
+def num_api_processes(client: Any) -> int:
+    """How many API processes share this engine (``--api-server-count``; config/parallel.py, 0.26 to 0.32)."""
+    return int(getattr(client.vllm_config.parallel_config, "_api_process_count", 1))
+
+
 async def hold(client: Any) -> None:
     """Freeze generation after the step that runs; requests stay queued until :func:`let_go`.
 

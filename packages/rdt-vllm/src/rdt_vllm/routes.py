@@ -7,6 +7,7 @@ server has it and a server without the flag has nothing of it.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+_LOOK_AGAIN_S = 1.0
+
 
 class VllmBackend:
     """Reaches every worker of one vLLM server. Implements :class:`rdt_core.engine_routes.EngineBackend`.
@@ -38,6 +41,8 @@ class VllmBackend:
         self._client = client
         self._lock = asyncio.Lock()
         self._torn: EngineTornError | None = None
+        self._is_alone = compat.num_api_processes(client) == 1
+        self._looked_at = -math.inf
         self.engine = f"vllm {compat.vllm_version()}"
         self.world_size: int = client.vllm_config.parallel_config.world_size_across_dp
 
@@ -50,8 +55,8 @@ class VllmBackend:
 
         Requests in flight stay queued and go on with the new weights. If some workers flipped and others
         did not, or one holds parts of two versions, the server would answer with a mixture: generation then
-        stays held, requests in flight are aborted and new ones refused (:attr:`torn`) until a commit has
-        succeeded on all workers. Commits of one server take turns.
+        stays held, requests in flight are aborted and new ones refused (:meth:`find_torn`) until a commit has
+        succeeded on all workers. Commits that one process takes have turns.
 
         Returns:
             ``{"ranks": one answer a rank, "stall_s": seconds from the hold to the resumption}``.
@@ -61,6 +66,8 @@ class VllmBackend:
         except WireFormatError as error:
             return {"ranks": [{"ok": False, "error": to_wire(error)}], "stall_s": 0.0}
         async with self._lock:
+            if not self._is_alone:
+                await self._look_at_workers()
             was_paused = await self._client.is_paused() and self._torn is None
             started = time.perf_counter()
             await compat.hold(self._client)
@@ -87,10 +94,21 @@ class VllmBackend:
             await compat.label_outputs(self._client, payload["version"])
         return ranks
 
-    @property
-    def torn(self) -> EngineTornError | None:
-        """Why this server must not generate; None while its workers hold one and the same version."""
+    async def find_torn(self) -> EngineTornError | None:
+        """Why this server must not generate; None while its workers hold one and the same version.
+
+        Of several API processes (``--api-server-count``) only the one that took the commit has seen it fail.
+        The others look for themselves, once a second at most; a request that comes before they do is held.
+        """
+        is_old = time.monotonic() - self._looked_at > _LOOK_AGAIN_S
+        if is_old and not self._is_alone and not self._lock.locked():
+            await self._look_at_workers()
         return self._torn
+
+    async def _look_at_workers(self) -> None:
+        self._looked_at = time.monotonic()
+        # Generation is held while an engine is torn, so one that is not held needs no second look.
+        self._torn = await self._find_torn() if await self._client.is_paused() else None
 
     async def _find_torn(self) -> EngineTornError | None:
         answers = await self.call("status", {})
@@ -129,14 +147,15 @@ class WeightSyncMiddleware:
             self._control = make_control_app(scope["app"].state, self._backend)
             self._paths = frozenset(str(getattr(route, "path", "")) for route in self._control.routes)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        torn = self._backend.torn if self._backend else None
         if path in self._paths:
             await self._control(dict(scope), receive, send)
-        elif torn is not None and scope["method"] == "POST":
-            # Everything that generates is a POST. It would wait in the held scheduler for a repair.
-            await JSONResponse({"error": to_wire(torn)}, status_code=503)(scope, receive, send)
-        else:
+            return
+        # Everything that generates is a POST. It would wait in the held scheduler for a repair.
+        torn = await self._backend.find_torn() if self._backend and scope["method"] == "POST" else None
+        if torn is None:
             await self._app(scope, receive, send)
+        else:
+            await JSONResponse({"error": to_wire(torn)}, status_code=503)(scope, receive, send)
 
 
 def make_control_app(server_state: Any, backend: VllmBackend) -> FastAPI:

@@ -176,7 +176,11 @@ class NixlLink:
             _release_transfer(error)
             raise SourceDiedError(self._trainer_rank, type(error).__name__) from error
         except ValueError as error:
+            _release_transfer(error)
             raise TransportError(f"Ray refused the targets: {error}") from error
+        except BaseException as error:
+            _release_transfer(error)
+            raise
         if [tensor.data_ptr() for tensor in got] != self._addresses:
             raise TransportError(
                 f"Ray brought the bytes of trainer rank {self._trainer_rank} into other memory than the "

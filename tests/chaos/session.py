@@ -1,0 +1,262 @@
+"""A chaos run: engines under load, a sync every second, and faults that nobody is told about."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from rdt_core import WeightSync
+from rdt_core.client import actor_name
+from rdt_core.errors import RdtError
+from rdt_core.ray_session import NAMESPACE
+from tests.chaos.engines import KINDS, EngineProcess
+from tests.chaos.holdings import look_at
+from tests.chaos.load import Load
+from tests.chaos.trainers import Trainers
+from tests.faults.driver_process import reason_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from tests.chaos.holdings import Holdings
+    from tests.chaos.plan import Fault
+
+GROUP = "chaos"
+PERIOD_S = 1.0
+UPDATE_TIMEOUT_S = 8.0
+CONNECT_TIMEOUT_S = 20.0
+HANG_S = 120.0
+"""A driver that has been in one call for longer hangs: all of a call's deadlines together are shorter."""
+
+
+class Session:
+    """Everything that runs. Make it, :meth:`start`, :meth:`run`, :meth:`close`.
+
+    Args:
+        places: kinds of engines, one a place; an engine that died is replaced by one of its kind.
+        pythons: the interpreter of each kind.
+        checkpoint: that engines load when they start.
+        say: is given a line when something happens.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[str],
+        pythons: Mapping[str, str],
+        checkpoint: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        self._places, self._pythons, self._checkpoint, self._say = places, pythons, checkpoint, say
+        self._trainers = Trainers(GROUP)
+        self._engines = [self._new_engine(kind) for kind in places]
+        self._coming: dict[int, EngineProcess] = {}
+        self.loads = [Load(f"{number} {kind}") for number, kind in enumerate(places)]
+        self._sync: WeightSync | None = None
+        self._mode = "staged"
+        self._wants_new_driver = False
+        self._call_began: float | None = None
+        self.version = 0
+        self.updates: Counter[str] = Counter()
+        self.reports: list[float] = []
+        self.faults: Counter[str] = Counter()
+        self.longest_call_s = 0.0
+        self.hangs: list[str] = []
+
+    def _new_engine(self, kind: str) -> EngineProcess:
+        return EngineProcess(KINDS[kind], self._pythons[kind], self._checkpoint)
+
+    def start(self) -> None:
+        """Until every engine serves version 1 and is under load."""
+        self._trainers.start()
+        for engine in self._engines:
+            engine.wait_until_ready()
+        while not self.reports:
+            self._sync_once()
+        for load, engine in zip(self.loads, self._engines, strict=True):
+            load.aim(engine)
+
+    def hold(self) -> dict[str, Holdings]:
+        """What this process and the engines of this moment hold, by name."""
+        named = {"driver": os.getpid()}
+        named |= {f"engine {e.kind.name} {e.process.pid}": e.process.pid for e in self._engines}
+        seen = {name: look_at(pid) for name, pid in named.items()}
+        # A driver's children are the engines and Ray.
+        return {name: held for name, held in seen.items() if held is not None and name != "driver"}
+
+    def run(self, faults: Sequence[Fault], seconds: float, show: Callable[[float], None]) -> None:
+        """Sync every second, and have the faults come, for so many seconds; then until all is well again."""
+        began = time.monotonic()
+        storm = threading.Thread(target=self._strike_all, args=(faults, began), daemon=True)
+        storm.start()
+        while (left := began + seconds - time.monotonic()) > 0:
+            show(seconds - left)
+            step_began = time.monotonic()
+            self._step()
+            time.sleep(max(0.0, step_began + PERIOD_S - time.monotonic()))  # the period of the load itself
+        storm.join(HANG_S)
+        self._recover(time.monotonic() + HANG_S)
+
+    def _recover(self, deadline: float) -> None:
+        """No fault comes any more: every place has an engine, and one update reaches all of them."""
+        while time.monotonic() < deadline:
+            before = len(self.reports)
+            self._step()
+            if len(self.reports) > before and not self._coming and len(self._members()) == len(self._places):
+                return
+            time.sleep(0.2)
+        self.hangs.append("the group did not become whole again after the last fault")
+
+    def _members(self) -> set[str]:
+        return set(self._sync.engines) if self._sync else set()
+
+    def _step(self) -> None:
+        if not self._trainers.are_alive():
+            self._timed("restart of the trainers", self._trainers.start)
+        self._tend_engines()
+        self._sync_once()
+
+    def _sync_once(self) -> None:
+        version = self.version + 1
+        if not self._timed("step", lambda: self._trainers.step(version)):
+            return
+        self.version = version
+        try:
+            if self._wants_new_driver or self._sync is None:
+                self._timed("connect", self._connect)
+            sync = self._sync
+            assert sync is not None
+            report = self._timed(
+                "update",
+                lambda: sync.update(self.version, mode=self._mode, timeout_s=UPDATE_TIMEOUT_S),
+            )
+        except RdtError as error:
+            self.updates[reason_of(error)] += 1
+            self._say(f"version {self.version}: {reason_of(error)}: {str(error)[:160]}")
+        else:
+            self.updates["done"] += 1
+            self.reports.append(report.stall_s)
+
+    def _connect(self) -> None:
+        self._wants_new_driver = False
+        # The old driver says nothing: it is as if its process had been killed.
+        self._sync = None
+        urls = [engine.url for engine in self._engines if engine.is_alive and engine.is_ready()]
+        self._sync = WeightSync.connect(GROUP, urls, mode=self._mode, timeout_s=CONNECT_TIMEOUT_S)
+
+    def _tend_engines(self) -> None:
+        """Part with engines that died, start others, and take those up that are ready."""
+        for place, engine in enumerate(self._engines):
+            if place not in self._coming and not engine.is_alive:
+                self.loads[place].aim(None)
+                self._leave(engine)
+                self._coming[place] = self._new_engine(engine.kind.name)
+        for place, engine in list(self._coming.items()):
+            if not engine.is_alive:
+                self._coming[place] = self._new_engine(engine.kind.name)
+            elif engine.is_ready() and self._take_up(engine):
+                self._engines[place].stop()
+                self._engines[place] = self._coming.pop(place)
+                self.loads[place].aim(engine)
+
+    def _leave(self, engine: EngineProcess) -> None:
+        sync = self._sync
+        if sync is not None and engine.url in sync._members:
+            self._timed("remove", lambda: sync.remove_engine(engine.url))
+
+    def _take_up(self, engine: EngineProcess) -> bool:
+        """Whether a new engine has become a member and serves a version."""
+        sync = self._sync
+        if sync is None:
+            return False
+        try:
+            if engine.url not in sync._members:
+                self._timed("add", lambda: sync.add_engine(engine.url, timeout_s=CONNECT_TIMEOUT_S))
+        except RdtError as error:
+            self.updates[f"add: {reason_of(error)}"] += 1
+            return False
+        return sync._members[engine.url].version > 0
+
+    def _timed(self, what: str, act: Callable[[], Any]) -> Any:
+        began = self._call_began = time.monotonic()
+        try:
+            return act()
+        finally:
+            self._call_began = None
+            took_s = time.monotonic() - began
+            self.longest_call_s = max(self.longest_call_s, took_s)
+            if took_s > HANG_S:
+                self.hangs.append(f"{what} took {took_s:.0f} s")
+
+    @property
+    def in_call_s(self) -> float:
+        """How long the driver has been in the call that it is in."""
+        began = self._call_began
+        return time.monotonic() - began if began is not None else 0.0
+
+    def _strike_all(self, faults: Sequence[Fault], began: float) -> None:
+        for fault in faults:
+            time.sleep(max(0.0, began + fault.at_s - time.monotonic()))  # the schedule that the seed gave
+            with contextlib.suppress(ProcessLookupError, ValueError, RdtError, ray.exceptions.RayError):
+                self._strike(fault)
+                self.faults[fault.kind] += 1
+
+    def _strike(self, fault: Fault) -> None:
+        number = signal.SIGKILL if fault.kind.startswith("kill") else signal.SIGSTOP
+        match fault.kind.split()[-1]:
+            case "engine":
+                engine = self._choose_engine(fault)
+                self._say(f"{fault.kind} {engine.kind.name} {fault.lasts_s:.1f} s")
+                engine.signal(number)
+                if number == signal.SIGSTOP:
+                    time.sleep(fault.lasts_s)
+                    engine.signal(signal.SIGCONT)
+            case "trainer":
+                pid = self._trainers.pids[fault.target % len(self._trainers.pids)]
+                self._hit(pid, number, fault)
+            case "coordinator":
+                actor = ray.get_actor(actor_name(GROUP), namespace=NAMESPACE)
+                self._hit(ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=5), number, fault)
+            case "driver":
+                self._say(fault.kind)
+                self._wants_new_driver = True
+            case "mode":
+                self._mode = "inplace" if self._mode == "staged" else "staged"
+                self._say(f"{fault.kind} to {self._mode}")
+
+    def _choose_engine(self, fault: Fault) -> EngineProcess:
+        """Engines that take a minute to start are stopped, but only plain ones are killed."""
+        may = self._engines
+        if fault.kind == "kill engine":
+            may = [engine for engine in self._engines if engine.kind.name == "plain"] or may
+        return may[fault.target % len(may)]
+
+    def _hit(self, pid: int, number: int, fault: Fault) -> None:
+        self._say(f"{fault.kind} {fault.lasts_s:.1f} s")
+        os.kill(pid, number)
+        if number == signal.SIGSTOP:
+            time.sleep(fault.lasts_s)
+            os.kill(pid, signal.SIGCONT)
+
+    def stop_load(self) -> None:
+        """Ask the engines no more, and wait for the answers under way."""
+        for load in self.loads:
+            load.stop()
+        for load in self.loads:
+            load.join(HANG_S)
+
+    def close(self) -> None:
+        """End every process. Idempotent."""
+        self.stop_load()
+        for engine in (*self._engines, *self._coming.values()):
+            engine.stop()
+        if self._sync is not None:
+            self._sync.close()
+        self._trainers.stop()
