@@ -11,7 +11,7 @@ import contextlib
 import functools
 import itertools
 import time
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -28,6 +28,7 @@ from hypothesis.stateful import (
 
 from rdt_core import WeightSync, transports
 from rdt_core.client import LocalChannel
+from rdt_core.connection import TRAINERS
 from rdt_core.coordinator import SILENT_S
 from rdt_core.errors import RdtError, SourceDiedError
 from rdt_core.lifecycle import SyncState
@@ -39,6 +40,8 @@ from tests.local_group import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from rdt_core.report import SyncReport
 
 UPDATE_TIMEOUT_S = 3.0
 CONNECT_TIMEOUT_S = 30.0
@@ -60,6 +63,8 @@ MID_READ = (
     "let leases run out",
 )
 
+MID_LOAN = (*MID_READ, "lender commits", "lender is killed")
+
 
 class Group(RuleBasedStateMachine):
     """One history. The trainers and the coordinator live on from history to history, as the versions do."""
@@ -68,6 +73,7 @@ class Group(RuleBasedStateMachine):
     clock: ClassVar[Clock]
 
     num_updated: ClassVar[int] = 0
+    num_lent: ClassVar[int] = 0
 
     engines = Bundle("engines")
 
@@ -77,7 +83,7 @@ class Group(RuleBasedStateMachine):
         self.made: list[LocalEngine] = []
         self.served: dict[str, int] = {}
         asked = {"group": GROUP, "transport": gated.NAME, "mode": "staged", "timeout_s": CONNECT_TIMEOUT_S}
-        self.sync = WeightSync(self.world.client, [], asked)
+        self.sync = WeightSync(self.world.client, [], asked, observers=[self])
 
     def teardown(self) -> None:
         gated.reset()
@@ -86,6 +92,19 @@ class Group(RuleBasedStateMachine):
         self.sync.close()
         for engine in self.made:
             engine.stop()
+
+    def on_connected(self, group: str, engines: object) -> None:
+        """An observer of the driver; not kept."""
+
+    def on_synced(self, group: str, report: SyncReport) -> None:
+        """An observer of the driver: how often an engine lent."""
+        Group.num_lent += report.source != TRAINERS
+
+    def on_failed(self, group: str, failure: object) -> None:
+        """An observer of the driver; not kept."""
+
+    def on_closed(self, group: str) -> None:
+        """An observer of the driver; not kept."""
 
     @initialize(target=engines)
     def begin_with_an_engine(self) -> LocalEngine:
@@ -99,6 +118,23 @@ class Group(RuleBasedStateMachine):
         engine = LocalEngine(self.world.channel, next(names))
         self.made.append(engine)
         self.attempt(lambda: self.sync.add_member(engine, timeout_s=CONNECT_TIMEOUT_S))
+        return engine
+
+    @rule(
+        target=engines, event=st.sampled_from(MID_LOAN), mode=st.sampled_from(("staged", "pinned", "inplace"))
+    )
+    def add_engine_that_borrows(self, event: str, mode: str) -> LocalEngine:
+        """The trainers write, so that whoever joins reads from another engine, if one serves a version."""
+        self.publish()
+        self.bring_all_to(self.version)
+        self.release()
+        asked, self.sync._asked = self.sync._asked, {**self.sync._asked, "mode": mode}
+        happen = functools.lru_cache(1)(functools.partial(self.happen, event))
+        # Not in a probe of the connect, which holds no lease.
+        gated.gate.on_reach = lambda: happen() if self.is_any_reading() else None
+        engine = self.join_engine()
+        gated.reset()
+        self.sync._asked = asked
         return engine
 
     @rule(engine=consumes(engines))
@@ -144,7 +180,7 @@ class Group(RuleBasedStateMachine):
     @rule(
         is_new=st.sampled_from((True, True, True, False)),
         event=st.sampled_from(MID_READ),
-        mode=st.sampled_from((None, "staged", "inplace")),
+        mode=st.sampled_from((None, "staged", "pinned", "inplace")),
         policy=st.sampled_from(("group", "engine")),
         verify=st.sampled_from((None, "digest")),
     )
@@ -155,13 +191,14 @@ class Group(RuleBasedStateMachine):
         if version == 0:
             return
         gated.gate.on_reach = functools.lru_cache(1)(functools.partial(self.happen, event))
-        Group.num_updated += self.attempt(
-            lambda: self.sync.update(
-                version, mode=mode, commit_policy=policy, verify=verify, timeout_s=UPDATE_TIMEOUT_S
-            )
-        )
+        self.bring_all_to(version, mode=mode, commit_policy=policy, verify=verify)
         gated.reset()
         wait_for(lambda: all(engine.subscriber.status()["state"] != "reading" for engine in self.made))
+
+    def bring_all_to(self, version: int, **options: Any) -> None:
+        Group.num_updated += self.attempt(
+            lambda: self.sync.update(version, timeout_s=UPDATE_TIMEOUT_S, **options)
+        )
 
     def happen(self, event: str) -> None:
         """In the middle of a pull, in the thread that reads."""
@@ -173,8 +210,32 @@ class Group(RuleBasedStateMachine):
             raise SourceDiedError(0, "killed in a history")
         elif event == "restart coordinator":
             self.world.channel.restart()
+        elif event == "lender commits":
+            self.publish()
+            self.commit_beside(self.lenders())
+        elif event == "lender is killed":
+            for engine in self.lenders():
+                engine.is_dead = True
+            raise SourceDiedError(0, "killed in a history")
         elif event == "let leases run out":
             self.clock.skip(2 * UPDATE_TIMEOUT_S)
+
+    def is_any_reading(self) -> bool:
+        states = {engine.subscriber.status()["state"] for engine in self.made}
+        return not states.isdisjoint(("reading", "flipping"))
+
+    def lenders(self) -> list[LocalEngine]:
+        """Engines that lend now."""
+        names = self.world.client.status()["lending"]
+        return [engine for engine in self.made if engine.url in names]
+
+    def commit_beside(self, engines: list[LocalEngine]) -> None:
+        """Another driver brings engines to the version that was published last."""
+        for engine in engines:
+            payload = {"version": self.version, "timeout_s": UPDATE_TIMEOUT_S}
+            with contextlib.suppress(RdtError):
+                engine.call("prepare", payload, timeout_s=UPDATE_TIMEOUT_S)
+                engine.call("commit", payload, timeout_s=UPDATE_TIMEOUT_S)
 
     def attempt(self, call: Callable[[], object]) -> bool:
         """A call that may fail, with an error of ours and in time; whether it did not."""
@@ -215,6 +276,8 @@ class Group(RuleBasedStateMachine):
 def living_world() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(transports._FACTORIES, gated.NAME, "tests.contract.gated:GatedTransport")
+        # A reader stands still while its lender waits for it; the wait is real.
+        patch.setattr("rdt_core.subscriber.GRACE_S", 0.1)
         clock = Clock()
         channel = LocalChannel(GROUP, clock)
         Group.world = World(channel, [TrainerRank(channel, rank, 2) for rank in range(2)])
@@ -238,3 +301,4 @@ def test_no_history_breaks_a_promise(living_world: None) -> None:
     )
     # Histories in which nothing ever works would prove nothing.
     assert Group.num_updated > 5
+    assert Group.num_lent > 0

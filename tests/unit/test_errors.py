@@ -45,6 +45,7 @@ EXAMPLES: dict[str, tuple[object, ...]] = {
     "NotConnectedError": ("sync",),
     "CoordinatorLostError": ("policy", "its node died"),
     "BusyError": ("update", "preparing"),
+    "CannotLendError": (3, "it is reading"),
     "ForgottenError": ("policy", "engine rank 3"),
     "ClosedError": ("publisher",),
     "VersionError": ("versions only grow",),

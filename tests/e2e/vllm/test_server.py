@@ -13,6 +13,8 @@ import httpx
 import pytest
 
 from rdt_core import WeightSync
+from rdt_core.client import CoordinatorClient, RayChannel
+from rdt_core.digest import RegionDigest, add_digests
 from rdt_core.errors import NotPublishedError, RdtError, UpdateFailedError
 from tests.e2e.processes import API_KEY, Server, Trainer, start_trainer
 from tests.e2e.vllm.conftest import serve
@@ -228,3 +230,36 @@ def stream(server: Server, prompt: list[int], num_tokens: int) -> Iterator[Itera
         lines = (line for line in answer.iter_lines() if line.startswith("data: {"))
         chunks = (json.loads(line.removeprefix("data: ")) for line in lines)
         yield (chunk["choices"][0] for chunk in chunks if chunk.get("choices"))
+
+
+@pytest.mark.parametrize("server", [2], indirect=True, ids=["tp2"])
+def test_a_server_that_joins_after_the_trainers_died_gets_every_byte_from_one_of_another_layout(
+    server: Server,
+    trainer: Trainer,
+    checkpoint: Callable[[str, int], Path],
+    answers_of: Callable[[int], list[list[int]]],
+) -> None:
+    version = next_version(server)
+    flags = ["--weight-sync", "rdt", "--dtype", "float32"]
+    with serve(checkpoint(FAMILY, 0), *flags) as late, connect(server, trainer) as sync:
+        trainer.publish(checkpoint(FAMILY, 1), version)
+        sync.update(version=version)
+        trainer.process.send_signal(signal.SIGKILL)
+        trainer.process.wait(10)
+        assert sync.add_engine(late.url, api_key=API_KEY) == version
+        assert ask_all(late) == ask_all(server) == answers_of(1)
+        assert digests_of(late) == digests_of(server)
+        (*_, last) = CoordinatorClient(RayChannel.find(trainer.group)).history()
+        assert (last["version"], last["source"]) == (version, server.url)
+
+
+def digests_of(server: Server) -> dict[str, tuple[int, int, bool]]:
+    """Of every tensor, summed over the ranks, whatever its layout."""
+    ranks = server.post("/rdt/digest").json()["ranks"]
+    found = [
+        RegionDigest(**{**digest, "start": tuple(digest["start"]), "stop": tuple(digest["stop"])})
+        for rank in ranks
+        for digest in rank["digests"]
+    ]
+    assert found
+    return add_digests(found)

@@ -14,13 +14,13 @@ from rdt_core import tracing
 from rdt_core.coordinator import (
     NOTHING_SAID,
     POLL_S,
-    Coordinator,
     LastWords,
     Outcome,
     TrainerTask,
 )
 from rdt_core.errors import CoordinatorLostError, DeadlineError, RdtError, UnknownGroupError
 from rdt_core.line import METHODS, Line, LineServer
+from rdt_core.peers import GroupCoordinator, LenderChannel
 from rdt_core.ray_session import NAMESPACE
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Channel(Protocol):
         """End the coordinator itself. Called by the last trainer rank that leaves. Idempotent."""
 
 
-class _ActorCoordinator(Coordinator):
+class _ActorCoordinator(GroupCoordinator):
     """The coordinator inside its actor.
 
     Tickets of Ray's tensor transports carry torch dtypes. Importing torch while it unpickles the first one
@@ -247,7 +247,7 @@ class LocalChannel:
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"rdt-{group}", daemon=True)
         self._thread.start()
         self._group, self._clock = group, clock
-        self._coordinator = Coordinator(group, clock)
+        self._coordinator = GroupCoordinator(group, clock)
 
     def call(self, method: str, *args: object, timeout_s: float) -> Any:
         """See :class:`Channel`."""
@@ -276,7 +276,7 @@ class LocalChannel:
         """Lose the coordinator and all it knew, as when its actor's process dies; calls under way fail."""
 
         async def replace() -> None:
-            self._coordinator = Coordinator(self._group, self._clock)
+            self._coordinator = GroupCoordinator(self._group, self._clock)
             for task in asyncio.all_tasks():
                 if task is not asyncio.current_task():
                     task.cancel()
@@ -308,7 +308,9 @@ def _nothing(timeout_s: float) -> None:
 
 
 class CoordinatorClient:
-    """The coordinator's methods, typed, with a deadline on every call. See :class:`Coordinator` for each.
+    """The coordinator's methods, typed, with a deadline on every call.
+
+    See :class:`rdt_core.coordinator.Coordinator` for each.
 
     Args:
         channel: how to reach it.
@@ -317,6 +319,10 @@ class CoordinatorClient:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._recorded: Callable[[float], Any] = _nothing
+
+    def of_lender(self, engine: str) -> CoordinatorClient:
+        """A client for what ``engine`` lends: its ranks stand there where trainer ranks stand here."""
+        return CoordinatorClient(LenderChannel(self._channel, engine))
 
     def attach(
         self, rank: int, world_size: int, instance: str, manifest: bytes, last: LastWords = NOTHING_SAID

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from rdt_core import choice
 from rdt_core.coordinator import reader_name
@@ -14,6 +18,9 @@ from rdt_core.describe import node_name
 from rdt_core.digest import digest_bytes
 from rdt_core.direct import aim_directly
 from rdt_core.errors import (
+    CannotLendError,
+    CoordinatorLostError,
+    DeadlineError,
     ForgottenError,
     RdtError,
     ShapeError,
@@ -21,19 +28,18 @@ from rdt_core.errors import (
     TornReadError,
     TransportUnavailableError,
 )
-from rdt_core.free_memory import measure_free_bytes
+from rdt_core.free_memory import measure_free_bytes, measure_host_share
 from rdt_core.landing import RELOAD_PREFIX, Landing, engine_manifest, make_landing
 from rdt_core.link_prices import cost_over
 from rdt_core.links import LinkPlan, OpenLinks, Reader, choose_links, open_links
-from rdt_core.mode import AUTO, INPLACE, choose_mode
+from rdt_core.mode import AUTO, INPLACE, PINNED, choose_mode
 from rdt_core.planner import ReadCost, build_plan
+from rdt_core.read_method import NEVER
 from rdt_core.reader_thread import ReaderThread
 from rdt_core.wire import manifest_from_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    import torch
 
     from rdt_core.client import CoordinatorClient
     from rdt_core.engine_model import EngineModel
@@ -52,9 +58,12 @@ class ConnectRequest:
         ray_address: ``host:port`` of the cluster's GCS, or ``"auto"``.
         ray_auth_mode: the driver's ``RAY_AUTH_MODE``; never a token.
         transport: name of the transport to force, or ``"auto"``.
-        mode: ``"staged"``, ``"inplace"``, or ``"auto"``: staged if its landing memory fits.
+        mode: ``"staged"``, ``"pinned"``, ``"inplace"``, or ``"auto"``, see :func:`rdt_core.mode.choose_mode`.
         arenas: ``"auto"`` or ``"never"``, see :class:`rdt_core.read_method.ReadCost`.
         timeout_s: for each wait of the connect, in seconds.
+        lender: an engine that lends ``lent_version``, to read that one from; empty to read from the trainers,
+            as every other version is.
+        lent_version: see ``lender``.
     """
 
     group: str
@@ -65,14 +74,30 @@ class ConnectRequest:
     mode: str = AUTO
     arenas: str = "auto"
     timeout_s: float = 60.0
+    lender: str = ""
+    lent_version: int = 0
+
+
+logger = logging.getLogger(__name__)
+
+TRAINERS = "trainers"
+"""What a report names as the source of bytes that no engine lent."""
+
+LENDER_TIMEOUT_S = 15.0
+"""How long a reader waits for every rank of an engine that was asked to lend."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Connection:
-    """One engine rank's connection. Owned by its subscriber; ``lock`` is held by whoever reads or flips."""
+    """One engine rank's connection. Owned by its subscriber; ``lock`` is held by whoever reads or flips.
+
+    ``client`` reaches the group, ``source`` the coordinator of those who are read: the same, unless another
+    engine lends. ``device`` is that of the landing memory.
+    """
 
     request: ConnectRequest
     client: CoordinatorClient
+    source: CoordinatorClient
     engine_rank: int
     device: torch.device
     wanted: Manifest
@@ -118,17 +143,29 @@ class Connection:
                 self._compare_digests(version, timeout_s)
         except BaseException:
             with contextlib.suppress(RdtError):
-                self.client.drop_lease(lease)
+                self.source.drop_lease(lease)
             raise
-        self.client.end_read(lease, version)
+        self.source.end_read(lease, version)
 
     def _begin_read(self, version: int, timeout_s: float) -> int:
         engine, rank = self.request.engine, self.engine_rank
+        self._check_source(version)
         try:
-            return self.client.begin_read(engine, rank, version, self.topology, timeout_s)
+            return self.source.begin_read(engine, rank, version, self.topology, timeout_s)
         except ForgottenError:
-            self.client.join(engine, rank, self.info)
-            return self.client.begin_read(engine, rank, version, self.topology, timeout_s)
+            self.source.join(engine, rank, self.info)
+            return self.source.begin_read(engine, rank, version, self.topology, timeout_s)
+
+    @property
+    def is_borrowing(self) -> bool:
+        """Whether the links lead to another engine and not to the trainers."""
+        return self.source is not self.client
+
+    def _check_source(self, version: int) -> None:
+        """The trainers have every version; an engine that lends has one."""
+        if self.is_borrowing and version != self.request.lent_version:
+            detail = f"engine {self.request.lender} lent version {self.request.lent_version} only"
+            raise TopologyChangedError(self.request.group, detail)
 
     def check(self, version: int) -> None:
         """Whether there is something to read, from the trainer processes that the links lead to.
@@ -136,7 +173,8 @@ class Connection:
         Raises:
             VersionError: there is not.
         """
-        self.client.check_version(version, self.topology)
+        self._check_source(version)
+        self.source.check_version(version, self.topology)
 
     def relink(self) -> None:
         """Plan again, and open links again, for trainer processes that took the place of others.
@@ -147,11 +185,12 @@ class Connection:
             TopologyChangedError: the tensors are others too, so that the engine must connect again.
             RdtError: as :func:`open_connection` raises them; the old links are closed then.
         """
+        self.stop_borrowing()
         found = _meet(self.client, self.request.timeout_s)
         if found.specs != self.specs:
             raise TopologyChangedError(self.request.group, "their tensors have other names, shapes or dtypes")
         self.links.close()
-        cost = _price(self.request, self.engine_rank, self.device, found.manifests)
+        cost = _price(self.request, self.request.arenas, self.engine_rank, self.device, found.manifests)
         staged = build_plan(self.wanted, found.manifests, cost=cost)
         self.plan = aim_in_place(staged, self.recording) if self.is_in_place else staged
         self.landing = make_landing(self.plan, self.recording, self.specs, self.device)
@@ -160,6 +199,20 @@ class Connection:
         )
         self.topology = found.topology
         self.link_times.clear()
+        self.info |= self._describe_plan()
+        self.client.join(self.request.engine, self.engine_rank, self.info)
+
+    def stop_borrowing(self) -> None:
+        """Let go of an engine that lends, if it is one that is read. Holding ``lock``; idempotent."""
+        if self.is_borrowing:
+            self.links.close()
+            leave(self.source, self.request.engine, self.engine_rank)
+            self.source = self.client
+
+    def leave(self) -> None:
+        """Leave the group, as far as it is still there."""
+        for client in {id(client): client for client in (self.source, self.client)}.values():
+            leave(client, self.request.engine, self.engine_rank)
 
     def _pull(self, version: int, timeout_s: float, before_pull: Callable[[], None]) -> None:
         started, self.read_started_unix_s = time.perf_counter(), time.time()
@@ -174,7 +227,7 @@ class Connection:
 
     def _compare_digests(self, version: int, timeout_s: float) -> None:
         reader = {"reader": reader_name(self.request.engine, self.engine_rank)}
-        held = self.client.ask("digest_reads", dict.fromkeys(self.links.by_rank, reader), timeout_s)
+        held = self.source.ask("digest_reads", dict.fromkeys(self.links.by_rank, reader), timeout_s)
         for trainer_rank in self.links.by_rank:
             targets = self.landing.targets(self.plan.reads_from(trainer_rank))
             if held[trainer_rank] != [digest_bytes(target) for target in targets]:
@@ -199,7 +252,13 @@ class Connection:
         return {
             "rank": model.rank,
             "world_size": model.world_size,
+            **self._describe_plan(),
+        }
+
+    def _describe_plan(self) -> dict[str, Any]:
+        return {
             "mode": self.mode,
+            "source": self.request.lender if self.is_borrowing else TRAINERS,
             "num_tensors": self.plan.num_tensors,
             "nbytes": self.plan.payload_nbytes,
             "read_nbytes": self.plan.read_nbytes,
@@ -233,7 +292,8 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
     Raises:
         RdtError: see :meth:`rdt_core.subscriber.WeightSubscriber.connect`.
     """
-    found = _meet(client, request.timeout_s)
+    source = client.of_lender(request.lender) if request.lender else client
+    found = _meet(source, min(request.timeout_s, LENDER_TIMEOUT_S) if request.lender else request.timeout_s)
     recording = model.record(list(found.specs.values()))
     wanted = engine_manifest(
         recording,
@@ -243,18 +303,32 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
         node=node_name(),
         device=str(model.device),
     )
-    cost = _price(request, model.rank, model.device, found.manifests)
+    # An engine that lends does so for one read, which is not worth an arena.
+    arenas = NEVER if request.lender else request.arenas
+    cost = _price(request, arenas, model.rank, model.device, found.manifests)
     staged = build_plan(wanted, found.manifests, cost=cost)
+    if request.lender:
+        _refuse_other_dtypes(staged, found.specs)
     mode = choose_mode(
-        request.mode, landing_nbytes=staged.landing_nbytes, free_nbytes=measure_free_bytes(model.device)
+        request.mode,
+        landing_nbytes=staged.landing_nbytes,
+        free_nbytes=measure_free_bytes(model.device),
+        host_nbytes=measure_host_share(model.device, model.world_size),
     )
+    device = torch.device("cpu") if mode == PINNED else model.device
+    if device != model.device:
+        # Reads that land elsewhere may go another way, at another price.
+        wanted = dataclasses.replace(wanted, device=str(device))
+        cost = _price(request, arenas, model.rank, device, found.manifests)
+        staged = build_plan(wanted, found.manifests, cost=cost)
     plan = aim_in_place(staged, recording) if mode == INPLACE else staged
-    landing = make_landing(plan, recording, found.specs, model.device)
+    landing = make_landing(plan, recording, found.specs, device)
     return Connection(
         request=request,
         client=client,
+        source=source,
         engine_rank=model.rank,
-        device=model.device,
+        device=device,
         wanted=wanted,
         topology=found.topology,
         recording=recording,
@@ -262,7 +336,7 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
         plan=plan,
         mode=mode,
         landing=landing,
-        links=_open_links(request, client, model.rank, model.device, found.manifests, plan, landing),
+        links=_open_links(request, source, model.rank, device, found.manifests, plan, landing),
         reader=ReaderThread(f"rdt-reader-{model.rank}"),
     )
 
@@ -299,14 +373,14 @@ def aim_in_place(plan: Plan, recording: Recording) -> Plan:
 
 
 def _price(
-    request: ConnectRequest, engine_rank: int, device: torch.device, trainers: Sequence[Manifest]
+    request: ConnectRequest, arenas: str, engine_rank: int, device: torch.device, trainers: Sequence[Manifest]
 ) -> ReadCost:
     """What reads cost over the links that would be chosen; general prices where not all can be."""
     try:
         choices = choose_links(_reader(request, engine_rank, device), trainers)
     except TransportUnavailableError:
-        return ReadCost(arenas=request.arenas)  # a link that is needed fails when it is opened
-    return cost_over([choice.transport for choice in choices.values()], request.arenas)
+        return ReadCost(arenas=arenas)  # a link that is needed fails when it is opened
+    return cost_over([choice.transport for choice in choices.values()], arenas)
 
 
 def _reader(request: ConnectRequest, engine_rank: int, device: torch.device) -> Reader:
@@ -338,6 +412,26 @@ def _open_links(
         for rank in plan.trainer_ranks
     }
     return open_links(reader, client, trainers, planned)
+
+
+def _refuse_other_dtypes(plan: Plan, specs: dict[str, TensorSpec]) -> None:
+    """An engine that lends must hold what the trainers hold, or what this one holds, bit for bit.
+
+    Raises:
+        CannotLendError: it rounded a tensor that this engine would not have rounded so.
+    """
+    for copy in plan.copies:
+        if copy.source_dtype not in (copy.target_dtype, specs[copy.tensor].dtype):
+            reason = f"it holds {copy.tensor} as {copy.source_dtype}, the reader as {copy.target_dtype}"
+            raise CannotLendError(copy.trainer_rank, reason)
+
+
+def leave(client: CoordinatorClient, engine: str, rank: int) -> None:
+    """Leave a group, if it is still there."""
+    try:
+        client.leave(engine, rank)
+    except (CoordinatorLostError, DeadlineError) as error:
+        logger.debug("left a group whose coordinator is gone: %s", error)
 
 
 def merge_specs(manifests: Sequence[Manifest]) -> dict[str, TensorSpec]:

@@ -250,6 +250,11 @@ class Coordinator:
             await self._notify()
         return not self._live_ranks()
 
+    @property
+    def is_deserted(self) -> bool:
+        """Whether no trainer rank lives and no engine rank has joined."""
+        return not self._live_ranks() and not self._engines
+
     async def session(self) -> str:
         """Identifies this life of the group: versions are compared within one session only."""
         return self._session
@@ -425,6 +430,7 @@ class Coordinator:
         now = self._clock()
         return {
             "group": self._group,
+            "life": self._life,
             "world_size": self._world_size,
             "trainers": {
                 rank: {

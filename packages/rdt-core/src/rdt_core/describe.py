@@ -92,7 +92,7 @@ def describe_trainer(local: LocalShards) -> Described:
             device=device,
             transports=offered_transports(device),
             windows={name: Window(name, flat.numel()) for name, flat in windows.items()},
-            tensors={shard.spec.name: shard.spec for shard in local.shards},
+            tensors={spec.name: spec for spec in (*local.known, *(shard.spec for shard in local.shards))},
             shards=tuple(shards),
         ),
         windows,

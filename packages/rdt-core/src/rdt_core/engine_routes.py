@@ -71,7 +71,7 @@ class EngineBackend(Protocol):
 
 
 def make_router(backend_of: Callable[[Request], EngineBackend], api_keys: Sequence[str]) -> APIRouter:
-    """Routes ``/rdt/connect|prepare|commit|abort|disconnect|digest`` (POST) and ``/rdt/status`` (GET).
+    """Routes ``/rdt/status`` (GET) and ``/rdt/connect|prepare|commit|abort|lend|reclaim|disconnect|digest``.
 
     Args:
         backend_of: finds the backend of the server that got a request.
@@ -79,7 +79,7 @@ def make_router(backend_of: Callable[[Request], EngineBackend], api_keys: Sequen
     """
     router = APIRouter(prefix="/rdt", dependencies=[Depends(key_guard(api_keys))])
 
-    for method in ("connect", "prepare", "abort", "disconnect", "digest"):
+    for method in ("connect", "prepare", "abort", "lend", "reclaim", "disconnect", "digest"):
         router.add_api_route(f"/{method}", _forward(backend_of, method), methods=["POST"])
 
     @router.post("/commit")

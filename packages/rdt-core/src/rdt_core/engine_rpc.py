@@ -27,7 +27,8 @@ def call(subscriber: WeightSubscriber, method: str, payload: Mapping[str, Any]) 
 
     Args:
         subscriber: of this worker.
-        method: ``connect``, ``prepare``, ``commit``, ``abort``, ``disconnect``, ``digest`` or ``status``.
+        method: ``connect``, ``prepare``, ``commit``, ``abort``, ``lend``, ``reclaim``, ``disconnect``,
+            ``digest`` or ``status``.
         payload: the method's arguments, as they came over the engine's own channel.
 
     Returns:
@@ -58,12 +59,15 @@ def parse_connect(payload: Mapping[str, Any]) -> ConnectRequest:
     unknown = set(payload) - set(known)
     if unknown:
         raise WireFormatError("connect request", f"unknown fields {sorted(unknown)}")
-    for name in ("group", "engine", "ray_address", "ray_auth_mode", "transport", "mode", "arenas"):
+    for name in ("group", "engine", "ray_address", "ray_auth_mode", "transport", "mode", "arenas", "lender"):
         if name in payload and not isinstance(payload[name], str):
             raise WireFormatError("connect request", f"{name} must be a string")
     for name in ("group", "engine"):
         if not payload.get(name):
             raise WireFormatError("connect request", f"{name} is missing")
+    lent = payload.get("lent_version", 0)
+    if not isinstance(lent, int) or isinstance(lent, bool) or lent < 0:
+        raise WireFormatError("connect request", f"lent_version must be a version, got {lent!r}")
     return ConnectRequest(**{**payload, "timeout_s": parse_timeout(payload)})
 
 
@@ -128,6 +132,17 @@ def _abort(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str
     return subscriber.status()
 
 
+def _lend(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:
+    subscriber.lend(parse_version(payload))
+    return subscriber.status()
+
+
+def _reclaim(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:
+    del payload
+    subscriber.reclaim()
+    return subscriber.status()
+
+
 def _disconnect(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:
     group = payload.get("group")
     if not isinstance(group, (str, type(None))):
@@ -157,6 +172,8 @@ _METHODS: dict[str, Callable[[WeightSubscriber, Mapping[str, Any]], dict[str, An
     "connect": _connect,
     "digest": _digest,
     "disconnect": _disconnect,
+    "lend": _lend,
     "prepare": _prepare,
+    "reclaim": _reclaim,
     "status": _status,
 }

@@ -96,6 +96,18 @@ class CoordinatorLostError(SessionError):
         )
 
 
+class CannotLendError(SessionError):
+    """An engine rank cannot let another engine read its parameters."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        self.rank, self.reason = rank, reason
+        super().__init__(
+            f"engine rank {rank} cannot lend its weights: {reason}. Another engine can read them from the "
+            "trainers; it gets their next version with the next update.",
+            (rank, reason),
+        )
+
+
 class ForgottenError(SessionError):
     """The coordinator does not know a member: it was restarted, or the member left."""
 

@@ -28,6 +28,7 @@
     |   |-- CoordinatorLostError
     |   |-- BusyError
     |   |-- ForgottenError
+    |   |-- CannotLendError
     |   `-- ClosedError
     |-- VersionError                versions only grow, and only a published one can be read
     |   |-- StaleVersionError
@@ -82,6 +83,7 @@ from rdt_core.error_description import (
 )
 from rdt_core.error_session import (
     BusyError,
+    CannotLendError,
     ClosedError,
     CoordinatorLostError,
     DeadlineError,
@@ -124,6 +126,7 @@ __all__ = [
     "AbortedError",
     "ArenaMemoryError",
     "BusyError",
+    "CannotLendError",
     "ClosedError",
     "ConfigError",
     "CoordinatorLostError",

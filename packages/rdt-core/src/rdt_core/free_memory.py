@@ -25,6 +25,15 @@ def measure_free_bytes(device: torch.device) -> int | None:
     return None
 
 
+def measure_host_share(device: torch.device, world_size: int) -> int | None:
+    """Bytes of host memory that one of ``world_size`` ranks could take; None if ``device`` is the host.
+
+    As if all ranks of the engine lived on this host, which errs to the safe side.
+    """
+    free = None if device.type == "cpu" else measure_free_bytes(torch.device("cpu"))
+    return None if free is None else free // world_size
+
+
 def _available_bytes() -> int | None:
     try:
         lines = _MEMINFO.read_text(encoding="ascii").splitlines()

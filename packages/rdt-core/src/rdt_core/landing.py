@@ -102,9 +102,18 @@ def engine_manifest(
 def make_landing(
     plan: Plan, recording: Recording, specs: Mapping[str, TensorSpec], device: torch.device
 ) -> Landing:
-    """Allocate the landing memory and every view that a sync will use. Called once, at connect."""
+    """Allocate the landing memory and every view that a sync will use. Called once, at connect.
+
+    Args:
+        plan: what is read.
+        recording: of the engine's loader; its windows are what a commit writes.
+        specs: every tensor of the group.
+        device: where to land; the host's memory for an accelerator's parameters is pinned.
+    """
     # Zeroed so that its pages exist before the first version is read.
     buffer = torch.zeros(plan.landing_nbytes, dtype=torch.uint8, device=device)
+    if device.type == "cpu" and any(flat.is_cuda for flat in recording.windows.values()):
+        buffer = buffer.pin_memory()
     reload_buffers = {
         name: torch.empty(specs[name].shape, dtype=getattr(torch, specs[name].dtype), device=device)
         for name in recording.reload

@@ -199,6 +199,15 @@ class RankLife:
             if is_new_session:
                 self._committed = 0
 
+    def check_at_rest(self, version: int) -> str | None:
+        """Why the model may not be read as ``version``; None while it holds that and nothing is under way."""
+        with self._lock:
+            if self._rank is not RankState.IDLE:
+                return f"it is {self._rank}"
+            if self._model is not ModelState.WHOLE:
+                return f"its model is {self._model}"
+            return None if self._committed == version else f"it holds version {self._committed}"
+
     def begin_read(self, version: int) -> int:
         """A read of ``version`` begins; whatever was read or prepared before is dropped.
 

@@ -46,6 +46,7 @@ class LocalShards:
             ``publish`` releases the last version and runs it, in the caller's thread; it may be a collective
             of trainer ranks.
         copied_bytes: of the shards that are copies beside the parameters, which ``refresh`` fills.
+        known: tensors that the manifest names though this rank may hold no part of them.
     """
 
     rank: int
@@ -54,3 +55,4 @@ class LocalShards:
     locate: Callable[[], tuple[int, ...]]
     refresh: Callable[[], None] | None = None
     copied_bytes: int = 0
+    known: tuple[TensorSpec, ...] = ()

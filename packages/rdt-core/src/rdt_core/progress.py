@@ -78,6 +78,7 @@ class Progress:
             ranks=rows,
             arena_bytes=self.arena_bytes,
             started_unix_s=self.started_unix_s,
+            source=", ".join(sorted({row.source for row in rows})),
             failures=tuple(self.failure(error) for error in failures),
         )
 
@@ -101,5 +102,6 @@ def _make_row(engine: str, rank: Mapping[str, Any]) -> RankReport:
         transports={int(trainer): name for trainer, name in rank["trainers"].items()},
         prepare_started_unix_s=float(rank.get("prepare_started_unix_s", 0.0)),
         commit_started_unix_s=float(rank.get("commit_started_unix_s", 0.0)),
+        source=str(rank.get("source", "trainers")),
         links=tuple(LinkReport(**link) for link in rank.get("links", ())),
     )

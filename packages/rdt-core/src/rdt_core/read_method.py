@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from rdt_core.manifest import Shard
     from rdt_core.region import Region
 
-ARENA_POLICIES = ("auto", "never")
+NEVER = "never"
+ARENA_POLICIES = ("auto", NEVER)
 
 _Memory = tuple[int, str, int]  # trainer rank, window, offset
 
@@ -112,7 +113,7 @@ class Method:
 def choose_methods(pieces: Sequence[Piece], cost: ReadCost) -> list[Method]:
     """The cheapest way for every piece of one plan, in order."""
     found = [_choose_direct(piece, cost) for piece in pieces]
-    if cost.arenas == "never":
+    if cost.arenas == NEVER:
         return found
     whole = _find_wholly_needed([p for p, method in zip(pieces, found, strict=True) if method.is_strided])
     return [_prefer_arena(piece, method, cost, whole) for piece, method in zip(pieces, found, strict=True)]

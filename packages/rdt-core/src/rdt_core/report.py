@@ -34,7 +34,7 @@ class RankReport:
     Args:
         engine: the engine's identity, its URL by default.
         rank: of the worker in its engine.
-        mode: ``"staged"`` or ``"inplace"``.
+        mode: ``"staged"``, ``"pinned"`` or ``"inplace"``.
         nbytes: payload that landed in this rank.
         read_nbytes: bytes that crossed the link; more than ``nbytes`` where strided sources were read as
             spans.
@@ -44,7 +44,9 @@ class RankReport:
         transports: name of the transport by trainer rank.
         prepare_started_unix_s: by the engine's clock; 0 when the engine does not say.
         commit_started_unix_s: by the engine's clock; 0 when the engine does not say.
-        links: one row a trainer rank that was read, in the order of reading.
+        links: one row a rank that was read, in the order of reading.
+        source: whence the bytes came: ``"trainers"``, or the engine that lent them, whose ranks are then what
+            ``transports`` and ``links`` name.
     """
 
     engine: str
@@ -59,6 +61,7 @@ class RankReport:
     prepare_started_unix_s: float = 0.0
     commit_started_unix_s: float = 0.0
     links: tuple[LinkReport, ...] = ()
+    source: str = "trainers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +82,7 @@ class SyncReport:
             cast; 0 when nothing needs it.
         started_unix_s: when the driver began, by its clock.
         failures: of engines that serve what they served before; only with ``commit_policy="engine"``.
+        source: whence the bytes came: ``"trainers"``, or for an engine that joined, the one that lent them.
     """
 
     version: int
@@ -93,6 +97,7 @@ class SyncReport:
     arena_bytes: int = 0
     started_unix_s: float = 0.0
     failures: tuple[SyncFailure, ...] = ()
+    source: str = "trainers"
 
     @property
     def gigabytes_per_s(self) -> float:

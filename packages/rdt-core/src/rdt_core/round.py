@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rdt_core.errors import ConfigError, DeadlineError, EngineUnreachableError, RdtError, UpdateFailedError
 from rdt_core.member import MARGIN_S
-from rdt_core.mode import INPLACE, STAGED
+from rdt_core.mode import AUTO, MODES
 from rdt_core.progress import trace_context
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class UpdateOptions:
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
-            ("mode", self.mode, (None, STAGED, INPLACE)),
+            ("mode", self.mode, (None, *(mode for mode in MODES if mode != AUTO))),
             ("verify", self.verify, (None, "digest")),
             ("kv_cache", self.kv_cache, ("recompute", "keep")),
             ("commit_policy", self.commit_policy, (ALL_OR_NONE, EACH_ALONE)),

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from typing import TYPE_CHECKING, Any
 
 from rdt_core import ray_session, tracing
 from rdt_core.client import CoordinatorClient, RayChannel
-from rdt_core.connection import Connection, ConnectRequest, open_connection
+from rdt_core.connection import Connection, ConnectRequest, leave, open_connection
 from rdt_core.coordinator import Outcome
 from rdt_core.describe import typed_view
 from rdt_core.digest import RegionDigest, digest_region
 from rdt_core.errors import (
-    CoordinatorLostError,
-    DeadlineError,
+    CannotLendError,
     NotConnectedError,
     NotPreparedError,
     RdtError,
     TopologyChangedError,
 )
+from rdt_core.lending import GRACE_S, Lending, lent_shards
 from rdt_core.lifecycle import RankLife, RankState
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class WeightSubscriber:
         self._connection: Connection | None = None
         self._session = ""
         self._life = RankLife()
+        self._lending = Lending()
 
     @property
     def version(self) -> int:
@@ -89,7 +91,7 @@ class WeightSubscriber:
         client = self._reach(request)
         with contextlib.ExitStack() as undo:
             # Leaving is what makes trainer ranks drop what they export to this one, joined or not.
-            undo.callback(_leave, client, request.engine, self._model.rank)
+            undo.callback(leave, client, request.engine, self._model.rank)
             connection = open_connection(request, client, self._model)
             undo.callback(connection.close)
             info = {**connection.describe(self._model), "connect_s": time.perf_counter() - started}
@@ -176,6 +178,8 @@ class WeightSubscriber:
             with connection.lock:
                 self._life.check_wanted(attempt, version)
                 self._read_or_check(connection, attempt, version, timeout_s, verify)
+                # What is prepared may be committed at any time, so nobody may read the parameters any more.
+                self._lending.take_back(min(timeout_s, GRACE_S))
                 self._life.end_read(attempt, version)
         except BaseException:
             self._life.fail_read(attempt)
@@ -234,6 +238,8 @@ class WeightSubscriber:
             self._life.end_flip()
         finally:
             connection.lock.release()
+        if connection.is_borrowing:
+            connection.reader.start(functools.partial(_stop_borrowing, connection))
         return {
             **connection.describe(self._model),
             "version": version,
@@ -257,6 +263,51 @@ class WeightSubscriber:
     def abort(self) -> None:
         """Forget what was prepared; the model keeps serving what it has. Idempotent; waits for no read."""
         self._life.abort()
+
+    def lend(self, version: int) -> None:
+        """Let other engines read ``version`` from this model's parameters, from soon after this returns.
+
+        It ends with :meth:`reclaim`, with :meth:`disconnect`, or when the next version has been read: readers
+        have ``GRACE_S`` seconds to end then, while generation goes on.
+
+        Raises:
+            NotConnectedError: connect first.
+            CannotLendError: the model does not hold just this version, or not in the form of the checkpoint.
+        """
+        connection = self._connected("lend")
+        rank, world_size = self._model.rank, self._model.world_size
+        self._check_at_rest(version)
+        local = lent_shards(connection.recording, connection.specs, rank=rank, world_size=world_size)
+        client = connection.client.of_lender(connection.request.engine)
+
+        def begin() -> None:
+            try:
+                with connection.lock:
+                    self._check_at_rest(version)
+                    self._lending.begin(client, local, version)
+            except RdtError as error:
+                # Whoever wants to read finds nobody, and says so in time.
+                logger.warning("rank %d does not lend version %d: %s", rank, version, error)
+            finally:
+                connection.close_when_idle()
+
+        connection.reader.start(begin)
+
+    def _check_at_rest(self, version: int) -> None:
+        reason = self._life.check_at_rest(version)
+        if reason is not None:
+            raise CannotLendError(self._model.rank, reason)
+
+    def reclaim(self) -> None:
+        """Lend nothing any more, from soon after this returns. Idempotent."""
+        if self._connection is not None:
+            self._connection.reader.start(self._end_lending)
+
+    def _end_lending(self) -> None:
+        try:
+            self._lending.take_back(0.0)
+        except RdtError as error:
+            logger.warning("rank %d cannot say that it lends no more: %s", self._model.rank, error)
 
     def digests(self) -> list[RegionDigest]:
         """Digest every recorded region where it lies in the live parameters; seconds for a billion."""
@@ -314,8 +365,9 @@ class WeightSubscriber:
             return
         self._connection = None
         self._life.disconnect()
+        connection.reader.start(self._end_lending)
         connection.close()
-        _leave(connection.client, connection.request.engine, self._model.rank)
+        connection.leave()
 
     def _reach(self, request: ConnectRequest) -> CoordinatorClient:
         if self._channel is not None:
@@ -335,9 +387,7 @@ class WeightSubscriber:
         return self._connection
 
 
-def _leave(client: CoordinatorClient, engine: str, rank: int) -> None:
-    """Leave a group, if it is still there."""
-    try:
-        client.leave(engine, rank)
-    except (CoordinatorLostError, DeadlineError) as error:
-        logger.debug("left a group whose coordinator is gone: %s", error)
+def _stop_borrowing(connection: Connection) -> None:
+    """What was borrowed is committed; the next version comes from the trainers. In the reader's thread."""
+    with connection.lock:
+        connection.stop_borrowing()

@@ -19,7 +19,6 @@ from rdt_core.errors import (
     InvalidVersionError,
     RdtError,
     StaleVersionError,
-    VersionError,
 )
 from rdt_core.history import CoordinatorHistory
 from rdt_core.lifecycle import SyncEvent, SyncLife
@@ -29,6 +28,7 @@ from rdt_core.progress import Progress
 from rdt_core.read_method import ARENA_POLICIES
 from rdt_core.report import VerifyReport
 from rdt_core.round import ALL_OR_NONE, Round, UpdateOptions
+from rdt_core.welcome import Welcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,9 +100,10 @@ class WeightSync:
             api_key: of the engine servers, if they have one.
             transport: name of the transport for every link; by default the one that ``RDT_TRANSPORT`` forces,
                 else for each link the best that both sides offer (:mod:`rdt_core.choice`).
-            mode: ``"staged"`` reads beside the parameters while generation goes on; ``"inplace"`` needs no
-                memory for that, and holds generation while it reads into them; ``"auto"`` takes the first
-                in every engine rank with room for it.
+            mode: ``"staged"`` reads beside the parameters while generation goes on; ``"pinned"`` does so into
+                the host's memory, for a longer commit; ``"inplace"`` needs no memory for that, and holds
+                generation while it reads into them; ``"auto"`` takes the first that has room, in every
+                engine rank for itself.
             arenas: ``"auto"`` has trainer ranks hold packed and cast copies of what is cheaper to read that
                 way, ``SyncReport.arena_bytes`` in all; ``"never"`` takes no memory of theirs.
             timeout_s: for each engine's connect, in seconds.
@@ -186,8 +187,9 @@ class WeightSync:
 
         Args:
             version: as given to ``publisher.publish``; greater than the last one.
-            mode: from this update on, ``"staged"`` or ``"inplace"`` for all engines; those connected in the
-                other one are connected again first, which takes seconds. By default each rank's own.
+            mode: from this update on, ``"staged"``, ``"pinned"`` or ``"inplace"`` for all engines; those
+                connected in another one are connected again first, which takes seconds. By default each
+                rank's own.
             verify: ``"digest"`` compares what every rank read with what the trainer ranks hold then, so that
                 a write in mid-read without a word to us is an error. Reads the bytes once more on each side.
             kv_cache: ``"recompute"`` drops what the old weights left in the KV cache and recomputes running
@@ -220,8 +222,10 @@ class WeightSync:
     def add_engine(self, url: str, *, api_key: str | None = None, timeout_s: float = 120.0) -> int:
         """Have one more engine join; nobody else reconnects. Returns the version that it serves then.
 
-        If the trainers still hold the version that the others serve, the newcomer gets it at once; otherwise
-        it keeps what it was started with until the next update, which is its first.
+        The newcomer gets the version that the others serve at once: from the trainers while they hold it, and
+        from one of the engines when they write, have moved on or are gone. Where neither can give it, it
+        keeps what it was started with until the next update, which is its first. Observers get a report of
+        its first sync, whose ``source`` says whence the bytes came.
 
         Raises:
             ConfigError: the engine is a member already.
@@ -239,14 +243,15 @@ class WeightSync:
         member = Member(engine)
         with self._changing():
             try:
-                member.connect(self._asked, timeout_s)
-                if member.version < current:
-                    self._catch_up(member, current, timeout_s)
+                welcome = Welcome(self._client, self._pool, member, self._asked, timeout_s)
+                report = welcome.join(list(self._members.values()), current)
             except BaseException:
                 self._part_with(member)
                 raise
             self._members[member.url] = member
         observer.tell(self._observers, lambda told: told.on_connected(self._group, self.engines))
+        if report is not None:
+            observer.tell(self._observers, lambda told: told.on_synced(self._group, report))
         return member.version
 
     def remove_engine(self, url: str) -> None:
@@ -378,17 +383,6 @@ class WeightSync:
                 member.connect(self._asked, float(self._asked["timeout_s"]))
 
         self._on_all(ensure)
-
-    def _catch_up(self, member: Member, version: int, timeout_s: float) -> None:
-        """Bring a newcomer to the version that the others serve, if the trainers still hold it."""
-        try:
-            life = self._client.check_version(version)
-        except VersionError as error:
-            logger.info("engine %s waits for the next version: %s", member.url, error)
-            return
-        options = UpdateOptions(timeout_s=timeout_s)
-        attempt = Round(self._client, self._pool, [member], version, options, life)
-        attempt.commit(attempt.prepare())
 
     def _part_with(self, member: Member) -> None:
         try:

@@ -65,13 +65,14 @@ def _show_group(found: dict[str, Any]) -> None:
     if found["engines"]:
         print_table(
             "Engines",
-            ("engine", "#rank", "#tensors", "#bytes", "links"),
+            ("engine", "#rank", "#tensors", "#bytes", "reads from", "links"),
             [
                 (
                     row["engine"],
                     row["rank"],
                     row.get("num_tensors", ""),
                     show_bytes(row.get("nbytes", 0)),
+                    row.get("source", ""),
                     _show_links(row),
                 )
                 for row in found["engines"]
@@ -80,11 +81,12 @@ def _show_group(found: dict[str, Any]) -> None:
     if found["syncs"]:
         print_table(
             "Last syncs",
-            ("#version", "outcome", "#bytes", "#total", "#stall"),
+            ("#version", "outcome", "from", "#bytes", "#total", "#stall"),
             [
                 (
                     row["version"],
                     row["outcome"] if row["outcome"] == "synced" else row.get("error_type", row["outcome"]),
+                    row.get("source", ""),
                     show_bytes(row.get("nbytes", 0)),
                     show_seconds(row.get("total_s", 0.0)),
                     show_seconds(row.get("stall_s", 0.0)),

@@ -47,7 +47,7 @@ class UpdateBody(BaseModel):
 
     pair_name: PairName
     version: int = 0
-    mode: Literal["rdt", "staged", "inplace"] = "rdt"
+    mode: Literal["rdt", "staged", "pinned", "inplace"] = "rdt"
     kv_cache: Literal["recompute", "keep"] = "recompute"
     timeout_s: Seconds | None = None
 
