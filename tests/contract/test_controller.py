@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
-from rdt_core.errors import NotConnectedError, NotPublishedError, StaleVersionError
+from rdt_core.errors import NotConnectedError, NotPublishedError, StaleVersionError, UpdateFailedError
 from rdt_core.gateway.controller import WeightUpdateController
 from rdt_core.gateway.errors import UnsupportedRequestError
 from rdt_core.sync import WeightSync
@@ -50,6 +51,24 @@ def test_it_connects_updates_and_disconnects_a_group() -> None:
         for _ in range(2):
             controller.disconnect()
         assert httpx.get(f"{engine}/rdt/status").json()["ranks"][0]["group"] is None
+
+
+def test_where_each_engine_commits_for_itself_one_that_is_gone_is_named_and_tried_again() -> None:
+    with local_group() as group, group.serve_engine() as engine:
+
+        def connect(name: str, engines: list[str], **options: Any) -> WeightSync:
+            return WeightSync.connect(name, engines, channel=group.channel, **options)
+
+        settings = replace(SETTINGS, commit_policy="engine")
+        with WeightUpdateController(settings, connect=connect) as controller:
+            with group.serve_engine() as gone:
+                controller.connect("p", group=group.name, inference_worker_urls=[engine, gone])
+            version = group.write_and_publish()
+            done = controller.update_weights(version)
+            assert [failure.engine for failure in done.report.failures] == [gone]
+            assert fingerprint(engine) == expected_fingerprint(version)
+            with pytest.raises(UpdateFailedError, match=gone):
+                controller.update_weights(version)
 
 
 def test_it_drives_trainers_that_are_driven_over_http() -> None:

@@ -101,6 +101,22 @@ def test_with_policy_engine_the_others_commit_and_the_one_that_failed_is_reporte
     assert sync.version == version
 
 
+def test_the_policy_of_a_driver_is_that_of_its_updates_unless_they_say_otherwise(
+    world: World, engines: list[LocalEngine]
+) -> None:
+    asked = {"group": GROUP, "transport": "memory", "timeout_s": TIMEOUT_S}
+    with pytest.raises(ConfigError, match="commit_policy"):
+        WeightSync(world.client, engines, asked, commit_policy="some")
+    with WeightSync(world.client, engines, asked, commit_policy="engine") as sync:
+        sync.join_all()
+        version = publish_next(world)
+        engines[1].is_dead = True
+        with pytest.raises(UpdateFailedError):
+            sync.update(version, commit_policy="group", timeout_s=TIMEOUT_S)
+        assert [row.engine for row in sync.update(version, timeout_s=TIMEOUT_S).ranks] == ["a"]
+        engines[1].is_dead = False
+
+
 def test_with_policy_engine_a_sync_that_fails_everywhere_raises(
     world: World, engines: list[LocalEngine], sync: WeightSync
 ) -> None:

@@ -76,7 +76,10 @@ class GroupCoordinator(Coordinator):
 
     async def status(self) -> dict[str, Any]:
         """What :meth:`Coordinator.status` says, and which engines lend now."""
-        return {**await super().status(), "lending": sorted(self._lending)}
+        return {**await super().status(), "lending": self._lenders()}
+
+    def _lenders(self) -> list[str]:
+        return sorted(engine for engine, lender in self._lending.items() if not lender.is_deserted)
 
 
 class LenderChannel:

@@ -57,6 +57,7 @@ class WeightSync:
         asked: what :meth:`connect` tells every engine (group, ray_address, ray_auth_mode, transport, mode,
             timeout_s).
         observers: are told about every sync.
+        commit_policy: of updates that do not say.
     """
 
     def __init__(
@@ -66,7 +67,9 @@ class WeightSync:
         asked: Mapping[str, Any],
         *,
         observers: Sequence[SyncObserver] = (),
+        commit_policy: str = ALL_OR_NONE,
     ) -> None:
+        self._commit_policy = UpdateOptions(commit_policy=commit_policy).commit_policy
         self._client = client
         self._group = str(asked["group"])
         self._asked = dict(asked)
@@ -85,6 +88,7 @@ class WeightSync:
         transport: str = choice.AUTO,
         mode: str = AUTO,
         arenas: str = "auto",
+        commit_policy: str = ALL_OR_NONE,
         timeout_s: float = 120.0,
         observers: Sequence[SyncObserver] = (),
         channel: Channel | None = None,
@@ -106,6 +110,7 @@ class WeightSync:
                 engine rank for itself.
             arenas: ``"auto"`` has trainer ranks hold packed and cast copies of what is cheaper to read that
                 way, ``SyncReport.arena_bytes`` in all; ``"never"`` takes no memory of theirs.
+            commit_policy: of every update that does not say, see :meth:`update`.
             timeout_s: for each engine's connect, in seconds.
             observers: are told about every sync; metrics for instance.
             channel: how to reach the coordinator; by default the group's named Ray actor.
@@ -140,7 +145,7 @@ class WeightSync:
             "timeout_s": timeout_s,
         }
         reached = [EngineHttp(url, api_key=api_key) for url in engines]
-        sync = cls(client, reached, asked, observers=observers)
+        sync = cls(client, reached, asked, observers=observers, commit_policy=commit_policy)
         try:
             sync.join_all()
         except BaseException:
@@ -175,7 +180,7 @@ class WeightSync:
         mode: str | None = None,
         verify: str | None = None,
         kv_cache: str = "recompute",
-        commit_policy: str = ALL_OR_NONE,
+        commit_policy: str | None = None,
         timeout_s: float = 120.0,
     ) -> SyncReport:
         """Bring every engine to ``version``; generation stands only while a rank copies locally.
@@ -195,7 +200,8 @@ class WeightSync:
             kv_cache: ``"recompute"`` drops what the old weights left in the KV cache and recomputes running
                 requests; ``"keep"`` leaves it.
             commit_policy: ``"group"``: no engine commits unless all have read everything. ``"engine"``: each
-                commits for itself; those that failed are in the report and catch up with the next update.
+                commits for itself; those that failed are in the report and catch up with the next update. By
+                default what :meth:`connect` was given.
             timeout_s: for each phase, in seconds.
 
         Raises:
@@ -209,7 +215,11 @@ class WeightSync:
             BusyError, ClosedError: another call is under way, or this object was closed.
         """
         options = UpdateOptions(
-            mode=mode, verify=verify, kv_cache=kv_cache, commit_policy=commit_policy, timeout_s=timeout_s
+            mode=mode,
+            verify=verify,
+            kv_cache=kv_cache,
+            commit_policy=self._commit_policy if commit_policy is None else commit_policy,
+            timeout_s=timeout_s,
         )
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise InvalidVersionError(version)

@@ -103,7 +103,7 @@ def _show_links(engine: Mapping[str, Any]) -> str:
     return ", ".join(f"{count} x {name} ({reason})" for (name, reason), count in sorted(links.items()))
 
 
-def update(
+def update(  # noqa: PLR0913, PLR0917  one argument an option of the command line
     group: Annotated[str, typer.Argument(metavar="GROUP", help="Under which trainer ranks attached.")],
     engine: Annotated[
         list[str], typer.Option("--engine", metavar="URL", help="An engine server; give one for each.")
@@ -118,6 +118,9 @@ def update(
     kv_cache: Annotated[
         str, typer.Option(metavar="WORD", help="recompute, or keep what the old weights left there.")
     ] = "recompute",
+    commit_policy: Annotated[
+        str, typer.Option(metavar="WORD", help="group: all engines or none; engine: each for itself.")
+    ] = "group",
     has_verify: Annotated[  # noqa: FBT002
         bool, typer.Option("--verify", help="Compare digests of every tensor afterwards.")
     ] = False,
@@ -141,7 +144,14 @@ def update(
     with only_our_output():
         ray_session.join()
         wanted = version or _published_version(group)
-        with WeightSync.connect(group, engine, api_key=key, transport=transport, timeout_s=timeout_s) as sync:
+        with WeightSync.connect(
+            group,
+            engine,
+            api_key=key,
+            transport=transport,
+            commit_policy=commit_policy,
+            timeout_s=timeout_s,
+        ) as sync:
             report = sync.update(wanted, kv_cache=kv_cache, timeout_s=timeout_s)
             verified = sync.verify() if has_verify else None
     if as_json:
@@ -153,10 +163,11 @@ def update(
             f"{show_seconds(report.total_s)} (prepare {show_seconds(report.prepare_s)}, commit "
             f"{show_seconds(report.commit_s)}, stall {show_seconds(report.stall_s)})"
         )
+        print_lines(*(f"engine {failure.engine} failed: {failure.message}" for failure in report.failures))
         if verified is not None:
             equal = "every byte is equal" if verified.bytes_equal else "BYTES DIFFER"
             print_lines(f"{verified.num_tensors} tensors compared: {equal}", *verified.mismatched[:5])
-    if verified is not None and not verified.bytes_equal:
+    if report.failures or (verified is not None and not verified.bytes_equal):
         raise typer.Exit(1)
 
 

@@ -65,6 +65,7 @@ def settings_of(args: argparse.Namespace) -> GatewaySettings:
         api_key=key,
         group=args.group,
         transport=args.transport,
+        commit_policy=args.commit_policy,
         engine_api_key=settings.read_key(settings.ENGINE_API_KEY),
         trainer_api_key=settings.read_key(settings.TRAINER_API_KEY),
         init_timeout_s=args.init_timeout,
@@ -87,6 +88,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--group", default="", help="sync group of a /connect that names none")
     parser.add_argument(
         "--transport", default=choice.AUTO, help="for every link (default: %(default)s, each link chooses)"
+    )
+    parser.add_argument(
+        "--commit-policy",
+        default="group",
+        help="group: all engines of a pair or none; engine: each for itself (default: %(default)s)",
     )
     parser.add_argument("--init-timeout", type=float, default=300.0, help="seconds for a connect")
     parser.add_argument(

@@ -246,6 +246,7 @@ def _describe_update(done: UpdateResult) -> UpdateAnswer:
         version=report.version,
         duration_ms=done.seconds * 1e3,
         phases={name: value * 1e3 for name, value in seconds.items()},
+        failed_engines={failure.engine: failure.message for failure in report.failures},
     )
 
 

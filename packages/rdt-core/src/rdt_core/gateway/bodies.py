@@ -79,6 +79,8 @@ class UpdateAnswer(BaseModel):
     """Of a completed update and, with another HTTP status, of a failed one.
 
     ``inference_weights_may_be_mutated`` is false when the engines certainly serve what they served before.
+    ``failed_engines`` has the error of every engine that did not follow the others, by URL; only where each
+    commits for itself.
     """
 
     status: Literal["ok", "error"] = "ok"
@@ -88,6 +90,7 @@ class UpdateAnswer(BaseModel):
     error_type: str | None = None
     phases: dict[str, float] = {}
     inference_weights_may_be_mutated: bool = True
+    failed_engines: dict[str, str] = {}
 
 
 class ErrorAnswer(BaseModel):

@@ -92,7 +92,8 @@ class Pair:
     """Connects on creation; every call returns a future at once. Callable from any thread.
 
     Updates are idempotent by version: asked again for a version that is being synced, a caller gets the same
-    future; for the version that was synced last, its result. A version that failed is tried again.
+    future; for the version that was synced last, its result. A version that failed, if only on one engine, is
+    tried again.
 
     Args:
         spec: what to bring together.
@@ -152,9 +153,10 @@ class Pair:
                 if running.version != version:
                     raise PairBusyError(self.spec.name, running.version, version)
                 return running.result
-            if self._last is not None and self._last.report.version == version:
+            last = self._last
+            if last is not None and last.report.version == version and not last.report.failures:
                 done: Future[UpdateResult] = Future()
-                done.set_result(self._last)
+                done.set_result(last)
                 return done
             result = self._thread.submit(self._update, version, mode, kv_cache, timeout_s)
             self._running = _Running(version, result)

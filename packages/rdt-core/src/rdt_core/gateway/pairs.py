@@ -142,6 +142,7 @@ class Pairs:
         options: dict[str, Any] = {
             "api_key": self._settings.engine_api_key or None,
             "transport": self._settings.transport,
+            "commit_policy": self._settings.commit_policy,
             "timeout_s": timeout_s,
             "observers": (*self._observers, notes),
         }

@@ -11,6 +11,8 @@ from rdt_core.errors import ConfigError
 DEFAULT_KEYS = frozenset({"areal-admin-key", "admin", "changeme", "secret", "password"})
 """Keys that everybody knows: the default of AReaL's gateway, and what stands in examples."""
 
+COMMIT_POLICIES = ("group", "engine")
+
 MIB = 1024 * 1024
 
 
@@ -24,6 +26,7 @@ class GatewaySettings:
         api_key: what clients send as a bearer token. May be empty on a loopback address only.
         group: the sync group of a ``/connect`` that names neither a group nor trainer workers.
         transport: for every link; by default each link chooses.
+        commit_policy: ``"group"``, all engines of a pair or none; ``"engine"``, each for itself.
         engine_api_key: of the engine servers.
         trainer_api_key: of the trainers' own HTTP routes.
         init_timeout_s: for a connect, in seconds.
@@ -41,6 +44,7 @@ class GatewaySettings:
     api_key: str = field(default="", repr=False)
     group: str = ""
     transport: str = choice.AUTO
+    commit_policy: str = "group"
     engine_api_key: str = field(default="", repr=False)
     trainer_api_key: str = field(default="", repr=False)
     init_timeout_s: float = 300.0
@@ -55,6 +59,11 @@ class GatewaySettings:
                 f"the gateway would listen on {self.host} with {what}. Anyone who can reach it could replace "
                 "the weights of every engine. Set RDT_GATEWAY_API_KEY to a secret, which `python -c "
                 "'import secrets; print(secrets.token_urlsafe(32))'` makes, or listen on 127.0.0.1."
+            )
+        if self.commit_policy not in COMMIT_POLICIES:
+            raise ConfigError(
+                f"commit_policy {self.commit_policy!r} is none of {', '.join(COMMIT_POLICIES)}. Leave it out "
+                "for all engines of a pair or none."
             )
         for name in ("init_timeout_s", "update_timeout_s", "max_body_bytes", "max_store_bytes"):
             if getattr(self, name) <= 0:
