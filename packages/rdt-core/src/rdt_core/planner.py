@@ -6,7 +6,7 @@ order the trainers come.
 
 from __future__ import annotations
 
-import zlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rdt_core.coverage import find_uncovered
@@ -16,13 +16,15 @@ from rdt_core.layout import offset_of
 from rdt_core.lowering import lower_pieces
 from rdt_core.read_method import Piece, ReadCost
 from rdt_core.region import Region
-from rdt_core.sources import Holder, SourceIndex, TensorHoldings
+from rdt_core.replicas import Option, choose_replicas
+from rdt_core.sources import SourceIndex
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rdt_core.manifest import Manifest, Shard
     from rdt_core.plan import Plan
+    from rdt_core.sources import Holder, TensorHoldings
 
 __all__ = ["ReadCost", "build_plan", "build_plan_from"]
 
@@ -51,42 +53,55 @@ def build_plan(engine: Manifest, trainers: Sequence[Manifest], *, cost: ReadCost
 
 def build_plan_from(engine: Manifest, sources: SourceIndex, *, cost: ReadCost | None = None) -> Plan:
     """Like :func:`build_plan`, for callers who plan many engine ranks against one set of trainers."""
-    chooser = _Chooser(engine, sources.nodes)
-    pieces: list[Piece] = []
-    for shard in engine.shards:
-        pieces.extend(_find_pieces(engine, shard, sources, chooser))
+    needs = [need for shard in engine.shards for need in _find_needs(engine, shard, sources)]
+    options = [Option(need.holders, _nbytes_of(need.region, need.holders[0])) for need in needs]
+    chosen = choose_replicas(options, sources.nodes, engine.node, engine.rank)
+    pieces = [
+        Piece(
+            trainer_rank=holder.trainer_rank,
+            source=holder.shard,
+            target=need.target,
+            region=need.region,
+            nbytes=_nbytes_of(need.region, holder),
+            source_offset_bytes=offset_of(holder.shard, need.region),
+            source_device=sources.devices[holder.trainer_rank],
+            target_device=engine.device,
+        )
+        for need, holder in zip(needs, chosen, strict=True)
+    ]
     return lower_pieces(engine.rank, pieces, cost or ReadCost())
 
 
-def _find_pieces(engine: Manifest, target: Shard, sources: SourceIndex, chooser: _Chooser) -> list[Piece]:
-    """One piece a trainer region that meets the engine's shard."""
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """A trainer region that meets an engine's shard, and the replicas whose dtype converts."""
+
+    target: Shard
+    region: Region
+    holders: list[Holder]
+
+
+def _find_needs(engine: Manifest, target: Shard, sources: SourceIndex) -> list[_Need]:
+    """One need a trainer region that meets the engine's shard."""
     holdings = _find_holdings(engine, target, sources)
-    pieces = []
+    needs = []
     left = target.region.num_elements
     for region, holders in holdings.meeting(target.region):
         usable = [holder for holder in holders if is_convertible(holder.shard.dtype, target.dtype)]
         if not usable:
             found = holders[0]
             raise DtypeError(target.tensor, str(region), found.shard.dtype, target.dtype, found.trainer_rank)
-        holder = chooser.choose(usable)
-        piece = Piece(
-            trainer_rank=holder.trainer_rank,
-            source=holder.shard,
-            target=target,
-            region=region,
-            nbytes=region.num_elements * itemsize_bytes(holder.shard.dtype),
-            source_offset_bytes=offset_of(holder.shard, region),
-            source_device=sources.devices[holder.trainer_rank],
-            target_device=engine.device,
-        )
-        chooser.add_load(piece)
-        pieces.append(piece)
+        needs.append(_Need(target, region, usable))
         left -= region.num_elements
     # The regions of `holdings` are disjoint, so that sizes that add up prove coverage.
     if left:
-        missing = find_uncovered(target.region, [piece.region for piece in pieces])
+        missing = find_uncovered(target.region, [need.region for need in needs])
         raise CoverageError(target.tensor, str(missing), engine.rank)
-    return pieces
+    return needs
+
+
+def _nbytes_of(region: Region, holder: Holder) -> int:
+    return region.num_elements * itemsize_bytes(holder.shard.dtype)
 
 
 def _find_holdings(engine: Manifest, target: Shard, sources: SourceIndex) -> TensorHoldings:
@@ -100,39 +115,3 @@ def _find_holdings(engine: Manifest, target: Shard, sources: SourceIndex) -> Ten
     if len(region.start) != len(holdings.shape) or not Region.whole(holdings.shape).contains(region):
         raise ShapeError(target.tensor, engine.rank, f"needed as {region}", f"a region of {holdings.shape}")
     return holdings
-
-
-class _Chooser:
-    """Picks one replica of every trainer region: on the engine's node if there is one, else the least loaded.
-
-    The same memory is always read from the same rank, so that what two engine shards share (tied copies,
-    fused duplicates) crosses the link once. Ties start at another replica for every engine rank and node.
-    """
-
-    def __init__(self, engine: Manifest, nodes: dict[int, str]) -> None:
-        self._near = {rank for rank, node in nodes.items() if node == engine.node}
-        self._turn = engine.rank + zlib.crc32(engine.node.encode("utf-8", "replace"))
-        self._load = dict.fromkeys(nodes, 0)
-        self._chosen: dict[tuple[int, str, int], int] = {}
-
-    def choose(self, holders: Sequence[Holder]) -> Holder:
-        if len(holders) == 1:
-            return holders[0]
-        first = holders[0]
-        memory = (first.trainer_rank, first.shard.window, first.shard.offset_bytes)
-        rank = self._chosen.get(memory)
-        for holder in holders:
-            if holder.trainer_rank == rank:
-                return holder
-        chosen = self._choose_least_loaded(holders)
-        self._chosen[memory] = chosen.trainer_rank
-        return chosen
-
-    def add_load(self, piece: Piece) -> None:
-        self._load[piece.trainer_rank] += piece.nbytes
-
-    def _choose_least_loaded(self, holders: Sequence[Holder]) -> Holder:
-        near = [holder for holder in holders if holder.trainer_rank in self._near] or holders
-        start = self._turn % len(near)
-        turned = [*near[start:], *near[:start]]
-        return min(turned, key=lambda holder: self._load[holder.trainer_rank])
