@@ -1,0 +1,106 @@
+"""Every difference between SGLang versions and platforms that this adapter knows, and nothing else does.
+
+Each item names the SGLang file and version it mirrors; paths are relative to sglang/srt.
+"""
+
+from __future__ import annotations
+
+from rdt_sglang.compat.arguments import (
+    BACKEND,
+    check_supported,
+    hook_engine_arguments,
+    hook_server_args,
+    is_chosen,
+    mark,
+    sglang_version,
+)
+from rdt_sglang.compat.front import (
+    abort_all,
+    add_middleware,
+    ask_schedulers,
+    hold_pauses,
+    http_app,
+    label_server,
+    num_schedulers,
+    offer_engine_methods,
+    require_admin,
+    server_keys,
+    server_url,
+    world_size,
+)
+from rdt_sglang.compat.hooks import (
+    is_frontend,
+    is_scheduler,
+    offer_messages,
+    offer_receiver,
+    offer_routes,
+)
+from rdt_sglang.compat.model import (
+    derived_cache_error,
+    is_shuffled,
+    loading,
+    model_of,
+    use_device,
+    wait_for_device,
+)
+from rdt_sglang.compat.scheduler import (
+    Place,
+    drop_caches,
+    find_place,
+    gather,
+    guard_resumption,
+    handle_messages,
+    hold,
+    is_in_update,
+    is_paused,
+    label_outputs,
+    let_go,
+    retract_all,
+    yield_while,
+)
+
+__all__ = [
+    "BACKEND",
+    "Place",
+    "abort_all",
+    "add_middleware",
+    "ask_schedulers",
+    "check_supported",
+    "derived_cache_error",
+    "drop_caches",
+    "find_place",
+    "gather",
+    "guard_resumption",
+    "handle_messages",
+    "hold",
+    "hold_pauses",
+    "hook_engine_arguments",
+    "hook_server_args",
+    "http_app",
+    "is_chosen",
+    "is_frontend",
+    "is_in_update",
+    "is_paused",
+    "is_scheduler",
+    "is_shuffled",
+    "label_outputs",
+    "label_server",
+    "let_go",
+    "loading",
+    "mark",
+    "model_of",
+    "num_schedulers",
+    "offer_engine_methods",
+    "offer_messages",
+    "offer_receiver",
+    "offer_routes",
+    "require_admin",
+    "retract_all",
+    "server_keys",
+    "server_url",
+    "sglang_version",
+    "use_device",
+    "wait_for_device",
+    "world_size",
+    "yield_while",
+]

@@ -1,0 +1,73 @@
+"""The model of one scheduler rank: its device, its loaders, what SGLang derives from its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+
+def model_of(scheduler: Any) -> Any:
+    """The model that this rank serves; draft models of speculative decoding are not synced."""
+    return scheduler.tp_worker.model_runner.model
+
+
+def use_device(device: torch.device) -> None:
+    """Make the device this thread's own; a new thread begins with the first one of the host."""
+    if device.type != "cpu":
+        import torch  # noqa: PLC0415  this file is imported by the entry point
+
+        torch.get_device_module(device).set_device(device)
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Until the device has done what was asked of it: a batch in flight, or copies into parameters."""
+    if device.type != "cpu":
+        import torch  # noqa: PLC0415  this file is imported by the entry point
+
+        torch.get_device_module(device).synchronize(device)
+
+
+def loading(scheduler: Any) -> contextlib.AbstractContextManager[None]:
+    """What SGLang's loaders expect around them: the model's dtype as torch's default.
+
+    Source: model_loader/loader.py, DefaultModelLoader.load_model (0.5.23).
+    """
+    return _default_dtype(scheduler.tp_worker.model_runner.model_config.dtype)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    import torch  # noqa: PLC0415  this file is imported by the entry point
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def derived_cache_error(model: Any) -> str | None:
+    """Why SGLang itself would refuse an update of this model: a cache that it cannot bring up to date.
+
+    Source: model_executor/model_runner_components/weight_updater.py, _unsupported_derived_weight_cache_error
+    (0.5.23); older versions have none.
+    """
+    try:
+        module = importlib.import_module("sglang.srt.model_executor.model_runner_components.weight_updater")
+    except ModuleNotFoundError:
+        return None
+    find = getattr(module, "_unsupported_derived_weight_cache_error", None)
+    return find(model) if find is not None else None
+
+
+def is_shuffled(method: object) -> bool:
+    """Whether expert weights may be shuffled for ROCm's AITER (layers/quantization/unquant.py, 0.5.23)."""
+    return bool(getattr(sys.modules.get(type(method).__module__), "_use_aiter", False))

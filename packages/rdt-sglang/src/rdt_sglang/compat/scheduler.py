@@ -1,0 +1,151 @@
+"""The back: one scheduler a rank, what holds it and what lets it go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rdt_sglang.compat.front import world_size
+from rdt_sglang.compat.model import model_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+_POLL_WHILE_READING_MS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one scheduler rank stands in its engine."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def find_place(scheduler: Any) -> Place:
+    """This scheduler's rank among all ranks of the engine: data parallel, pipeline, tensor."""
+    from sglang.srt.runtime_context import get_parallel  # noqa: PLC0415
+
+    parallel = get_parallel()
+    replica = 0 if parallel.attn_dp_enabled else (parallel.dp_rank or 0)
+    rank = (replica * parallel.pp_size + parallel.pp_rank) * parallel.tp_size + parallel.tp_rank
+    parameter = next(model_of(scheduler).parameters())
+    return Place(int(rank), world_size(), parameter.device)
+
+
+def handle_messages(scheduler: Any, handle: Callable[[Any], Any]) -> None:
+    """Have the scheduler pass our messages to ``handle`` between two batches."""
+    from sglang.utils import TypeBasedDispatcher  # noqa: PLC0415
+
+    from rdt_sglang.messages import WeightSyncReqInput  # noqa: PLC0415
+
+    scheduler._request_dispatcher += TypeBasedDispatcher([(WeightSyncReqInput, handle)])
+
+
+def guard_resumption(scheduler: Any, may_resume: Callable[[], bool]) -> None:
+    """Have the scheduler ignore requests to continue while its model is torn.
+
+    Source: managers/scheduler.py, init_request_dispatcher (0.5.23).
+    """
+    from sglang.srt.managers.io_struct import ContinueGenerationReqInput  # noqa: PLC0415
+
+    original = scheduler._request_dispatcher._mapping[ContinueGenerationReqInput]
+
+    def resume(request: Any) -> Any:
+        return original(request) if may_resume() else None
+
+    scheduler._request_dispatcher._mapping[ContinueGenerationReqInput] = resume
+
+
+def gather(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every tensor-parallel rank's answer, on all of them. All ranks must call it in the same order."""
+    import torch  # noqa: PLC0415  the entry point, which imports this file, loads without it
+    from sglang.srt.runtime_context import get_parallel  # noqa: PLC0415
+
+    group = get_parallel().tp_group.cpu_group
+    size = torch.distributed.get_world_size(group)
+    if size == 1:
+        return [answer]
+    answers: list[Any] = [None] * size
+    torch.distributed.all_gather_object(answers, answer, group=group)
+    return answers
+
+
+def is_in_update(scheduler: Any) -> bool:
+    """Whether one of SGLang's own update sessions is open, in which parameters may be laid out anew."""
+    return getattr(scheduler.weight_updater, "_session", None) is not None
+
+
+def is_paused(scheduler: Any) -> bool:
+    """Whether generation is held, by a user or by us."""
+    return bool(scheduler._engine_paused)
+
+
+def retract_all(scheduler: Any) -> None:
+    """Hold generation, give up the KV cache of every request, and queue the requests to be computed again.
+
+    Source: managers/scheduler.py, pause_generation in mode ``retract`` (0.5.23).
+    """
+    from sglang.srt.managers.io_struct import PauseGenerationReqInput  # noqa: PLC0415
+
+    scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
+
+
+def hold(scheduler: Any) -> None:
+    """Hold generation where it stands."""
+    from sglang.srt.managers.io_struct import PauseGenerationReqInput  # noqa: PLC0415
+
+    scheduler.pause_generation(PauseGenerationReqInput(mode="in_place"))
+
+
+def let_go(scheduler: Any) -> None:
+    """Resume generation."""
+    from sglang.srt.managers.io_struct import ContinueGenerationReqInput  # noqa: PLC0415
+
+    scheduler.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
+
+
+def drop_caches(scheduler: Any) -> bool:
+    """Drop what was computed with the old weights; False, and nothing is dropped, while something holds it.
+
+    Called after :func:`retract_all`. What may still hold it: a grammar that is being compiled, a transfer of
+    KV cache (managers/scheduler.py, is_fully_idle, 0.5.23).
+    """
+    return bool(scheduler.flush_cache(empty_cache=False))
+
+
+def label_outputs(scheduler: Any, version: str) -> None:
+    """Label what is generated from now on (managers/scheduler.py, record_weight_version_change, 0.5.23)."""
+    scheduler.record_weight_version_change(new_version=version)
+
+
+def yield_while(scheduler: Any, is_reading: Callable[[], bool]) -> None:
+    """While a read is under way, have the idle scheduler wait for its sockets instead of asking them.
+
+    A reader's thread takes the interpreter lock some dozens of times a read, and beside the asking loop each
+    time costs a millisecond. A request that arrives ends the wait at once. SGLang's own ``--sleep-on-idle``
+    does the same all the time and is left alone.
+
+    Source: managers/scheduler.py, IdleSleeper and maybe_sleep_on_idle (0.5.23).
+    """
+    if getattr(scheduler, "idle_sleeper", None) is None and hasattr(scheduler, "maybe_sleep_on_idle"):
+        scheduler.idle_sleeper = _SleepWhileReading(scheduler, is_reading)
+
+
+class _SleepWhileReading:
+    def __init__(self, scheduler: Any, is_reading: Callable[[], bool]) -> None:
+        import zmq  # noqa: PLC0415  SGLang's own
+
+        self._is_reading = is_reading
+        self._poller = zmq.Poller()
+        channels = scheduler.ipc_channels
+        for socket in (channels.recv_from_tokenizer, channels.recv_from_rpc):
+            if isinstance(socket, zmq.Socket):
+                self._poller.register(socket, zmq.POLLIN)
+
+    def maybe_sleep(self) -> None:
+        if self._is_reading():
+            self._poller.poll(_POLL_WHILE_READING_MS)
