@@ -379,26 +379,17 @@ def e2e_vllm(session: nox.Session) -> None:
     )
 
 
-def run_sglang_tests(session: nox.Session, chosen: str) -> None:
-    """Run the tests of SGLang that a marker expression chooses."""
-    tests = ("tests/e2e/sglang", "tests/e2e/sglang_families")
-    # SGLang compiles nothing on a CPU, and a server takes its time to start on a small machine.
-    env = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTEST_TIMEOUT": "600"}
-    env["RDT_MEGATRON_PYTHON"] = str(MEGATRON.python_path)
-    arguments = (*tests, *TWO_FILES, "-m", chosen, *session.posargs)
-    run_in(session, SGLANG, "-m", "pytest", *arguments, patience_s=30, env=env)
-
-
 @nox.session(name="e2e-sglang", venv_backend="none", requires=["env-sglang", "env-megatron"])
 def e2e_sglang(session: nox.Session) -> None:
     """Sync weights into real SGLang servers on the CPU, and compare every byte."""
-    run_sglang_tests(session, "not cuda and not extra")
-
-
-@nox.session(name="e2e-sglang-extra", venv_backend="none", requires=["env-sglang"], default=False)
-def e2e_sglang_extra(session: nox.Session) -> None:
-    """The same where SGLang's schedulers are Ray actors, and with two tokenizer workers."""
-    run_sglang_tests(session, "extra")
+    tests = ("tests/e2e/sglang", "tests/e2e/sglang_families")
+    # Tests of one server share a process even over files; tests/e2e/sglang/conftest.py groups them.
+    shared = (*TWO_FILES, "--dist", "loadgroup")
+    # SGLang compiles nothing on a CPU, and a server takes its time to start on a small machine.
+    env = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTEST_TIMEOUT": "600"}
+    env["RDT_MEGATRON_PYTHON"] = str(MEGATRON.python_path)
+    arguments = (*tests, *shared, "-m", "not cuda", *session.posargs)
+    run_in(session, SGLANG, "-m", "pytest", *arguments, patience_s=30, env=env)
 
 
 @nox.session(venv_backend="none", requires=["env-vllm"])

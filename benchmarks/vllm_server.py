@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import ray
 import torch
+from hf_trainer import HfTrainer
 from sync import machine, ray_cluster, versions
 
-from rdt_core import LocalShard, LocalShards, Region, TensorSpec, WeightPublisher, WeightSync
+from rdt_core import WeightSync
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,68 +50,6 @@ SHAPE = {
     "initializer_range": 0.05,
     "dtype": "bfloat16",
 }
-
-
-class HfTrainer:
-    """A trainer rank with a whole Hugging Face model; an actor."""
-
-    def __init__(self, folder: str) -> None:
-        from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: PLC0415  only in this actor
-
-        torch.manual_seed(0)
-        torch.set_default_dtype(torch.bfloat16)
-        config = Qwen3Config(**SHAPE)
-        config.architectures = ["Qwen3ForCausalLM"]
-        with torch.device("cuda"):
-            model = Qwen3ForCausalLM(config)
-        model.eval()
-        model.save_pretrained(folder)
-        save_tokenizer(folder)
-        self._live = {name: parameter.data for name, parameter in model.named_parameters()}
-        self._sets = [
-            [data.clone() for data in self._live.values()],
-            [data * 1.5 for data in self._live.values()],
-        ]
-
-    def attach(self, group: str) -> None:
-        """Offer every parameter."""
-        shards = tuple(
-            LocalShard(
-                spec=TensorSpec(name, tuple(data.shape), "bfloat16"),
-                region=Region.whole(tuple(data.shape)),
-                data=data,
-                owner=name,
-            )
-            for name, data in self._live.items()
-        )
-
-        def locate() -> tuple[int, ...]:
-            return tuple(data.data_ptr() for data in self._live.values())
-
-        local = LocalShards(rank=0, world_size=1, shards=shards, locate=locate)
-        self._publisher = WeightPublisher.attach(group, local)
-
-    def publish(self, version: int) -> float:
-        """Take the first set of weights at odd versions, the second at even ones; seconds of ``publish``."""
-        torch._foreach_copy_(list(self._live.values()), self._sets[(version + 1) % 2])
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        self._publisher.publish(version)
-        return time.perf_counter() - started
-
-    def close(self) -> None:
-        """Leave the group."""
-        self._publisher.close()
-
-
-def save_tokenizer(folder: str) -> None:
-    """Words ``w0`` to ``w999``; ids beyond them decode to nothing."""
-    from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415
-    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
-
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(1000)}, unk_token="w0"))  # noqa: S106  a word
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)  # noqa: S106
 
 
 @contextlib.contextmanager
@@ -244,7 +183,7 @@ def main() -> None:
     args = parser.parse_args()
     result: dict[str, Any] = {"machine": machine(), "versions": versions(), "runs": {}}
     with ray_cluster(), tempfile.TemporaryDirectory() as folder:
-        trainer = ray.remote(HfTrainer).options(num_cpus=0).remote(folder)
+        trainer = ray.remote(HfTrainer).options(num_cpus=0).remote(folder, SHAPE, "cuda")
         ray.get(trainer.attach.remote("vllm"), timeout=TIMEOUT_S)
         started = time.perf_counter()
         flag = ("--weight-sync", "rdt", "--load-format", "dummy")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -114,6 +115,9 @@ def test_every_version_lands_whole_and_the_report_counts_its_bytes(trainers: Tra
             verified = sync.verify()
             assert verified.bytes_equal
             assert verified.nbytes == report.nbytes
+            status = httpx.get(f"{engine}/rdt/status", timeout=TIMEOUT_S).json()
+            assert (status["group"], status["version"]) == (trainers.group, version)
+            assert status["last_sync"]["ranks"] == json.loads(json.dumps(report.as_dict()["ranks"]))
 
 
 def test_in_place_versions_land_in_the_parameters_themselves(trainers: Trainers, engine: str) -> None:

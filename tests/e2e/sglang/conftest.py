@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.e2e.processes import API_KEY, ROOT, Server, Trainer, find_port, serve_command, start_trainer
-from tests.e2e.sglang.asking import ask_all
+from tests.e2e.sglang.asking import ask_all, auth_mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ LOADED: dict[tuple[str, int], list[list[int]]] = {}
 # Family, seed of the checkpoint that the server is started from, flags. A scheduler polls its sockets with a
 # whole core, so that two of them would leave nothing of a small machine: those sleep when they are idle.
 CASES = {
-    "tp1": ("qwen3", 0, ["--disable-overlap-schedule"]),
+    "ray": ("qwen3", 0, ["--use-ray", "--disable-overlap-schedule", "--sleep-on-idle"]),
     "dp2": ("qwen3", 1, ["--dp", "2", "--sleep-on-idle"]),
     "tp2-moe": ("qwen3_moe", 0, ["--tp", "2", "--sleep-on-idle"]),
 }
@@ -71,6 +71,25 @@ def serve(model: Path, *args: str, env: dict[str, str] | None = None) -> Iterato
         yield server
 
 
+def breakable(fault: Path) -> dict[str, str]:
+    """The environment of a server whose processes look into that file; see ``faults/sitecustomize.py``."""
+    faults = ROOT / "tests" / "e2e" / "sglang" / "faults"
+    path = os.pathsep.join(filter(None, (str(faults), os.environ.get("PYTHONPATH"))))
+    return {"RDT_TEST_FAULT": str(fault), "PYTHONPATH": path}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of a case run in one process, whatever file they are in, so that they share its server."""
+    for item in items:
+        case = (
+            item.callspec.params.get("case")
+            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+            else None
+        )
+        item.add_marker(pytest.mark.xdist_group(case or item.path.stem))
+
+
 @pytest.fixture(scope="session", params=CASES)
 def case(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -94,11 +113,10 @@ def server(
     case: str, family: str, fault: Path, ray_address: str, checkpoint: Callable[[str, int], Path]
 ) -> Iterator[Server]:
     """One server a case for all tests. Ray is there before it, while the machine is still idle."""
-    del ray_address
     _, seed, flags = CASES[case]
-    faults = ROOT / "tests" / "e2e" / "sglang" / "faults"
-    path = os.pathsep.join(filter(None, (str(faults), os.environ.get("PYTHONPATH"))))
-    env = {"RDT_TEST_FAULT": str(fault), "PYTHONPATH": path}
+    # Where SGLang itself joins Ray, it has to know how.
+    ray_env = {"RAY_ADDRESS": ray_address, "RAY_AUTH_MODE": auth_mode()} if case == "ray" else {}
+    env = breakable(fault) | ray_env
     with serve(checkpoint(family, seed), "--weight-sync", "rdt", *flags, env=env) as started:
         LOADED[family, seed] = ask_all(started)
         yield started

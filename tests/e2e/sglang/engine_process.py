@@ -33,7 +33,6 @@ def main() -> None:
         cuda_graph_backend_prefill="disabled",
         mem_fraction_static=0.5,
         max_total_tokens=4096,
-        sleep_on_idle=True,
     )
     answer(engine, {})
     for line in sys.stdin:

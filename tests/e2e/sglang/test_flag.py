@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.e2e.processes import ROOT
-from tests.e2e.sglang.conftest import engine_env
+from tests.e2e.processes import ROOT, find_port
+from tests.e2e.sglang.conftest import breakable, engine_env, server_command
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 MODEL = ["--model-path", "m"]
@@ -47,6 +48,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         {
             "bad": [*MODEL, "--weight-sync", "nccl"],
             "pipeline": [*MODEL, "--weight-sync", "rdt", "--pp-size", "2"],
+            "nodes": [*MODEL, "--weight-sync", "rdt", "--pp-size", "2", "--nnodes", "2"],
             "help": ["--help"],
             "given": [*MODEL, "--weight-sync", "rdt"],
             "equals": [*MODEL, "--weight-sync=rdt"],
@@ -74,7 +76,8 @@ def test_a_bad_value_is_refused_with_the_choices(report: dict[str, Any]) -> None
 
 
 def test_what_cannot_be_served_is_refused_before_anything_starts(report: dict[str, Any]) -> None:
-    assert "pipeline parallelism is not supported" in report["cases"]["pipeline"]["exit"]
+    assert report["cases"]["pipeline"]["chosen"] is True, report["cases"]["pipeline"]["output"]
+    assert "a pipeline over several nodes is not supported" in report["cases"]["nodes"]["exit"]
 
 
 def test_help_shows_the_flag(report: dict[str, Any]) -> None:
@@ -88,3 +91,24 @@ def test_an_sglang_without_a_place_for_a_hook_is_refused_in_one_sentence() -> No
     assert case["chosen"] is None
     (line,) = case["exit"].splitlines()
     assert "has no sglang.srt.managers.tokenizer_control_mixin" in line
+
+
+@pytest.mark.slow
+def test_a_server_whose_scheduler_took_no_hook_ends_with_one_sentence_that_names_it(
+    checkpoint: Callable[[str, int], Path], tmp_path: Path
+) -> None:
+    fault = tmp_path / "fault"
+    fault.write_text("no hook")
+    done = subprocess.run(
+        server_command(checkpoint("qwen3", 0), find_port(), ["--weight-sync", "rdt"]),
+        cwd=ROOT,
+        env=engine_env() | breakable(fault),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: --weight-sync rdt: ")]
+    assert len(said) == 1, done.stderr[-4000:]
+    assert "has no sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher" in said[0]

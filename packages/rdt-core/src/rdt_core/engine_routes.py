@@ -25,6 +25,7 @@ from rdt_core.errors import (
     VersionError,
     WireFormatError,
 )
+from rdt_core.progress import report_of_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,7 +94,9 @@ def make_router(backend_of: Callable[[Request], EngineBackend], api_keys: Sequen
     @router.get("/status")
     async def status(request: Request) -> JSONResponse:
         backend = backend_of(request)
-        return _answer(await backend.call("status", {}), engine=backend.engine, world_size=backend.world_size)
+        ranks = await backend.call("status", {})
+        states = [answer["result"] for answer in ranks if answer["ok"]]
+        return _answer(ranks, engine=backend.engine, world_size=backend.world_size, **_summarize(states))
 
     return router
 
@@ -152,6 +155,19 @@ def _answer(ranks: list[dict[str, Any]], **more: Any) -> JSONResponse:
         return JSONResponse({"ranks": [answer["result"] for answer in ranks], **more})
     first = next(rank for rank, answer in enumerate(ranks) if not answer.get("ok"))
     return answer_error(from_wire(errors[0]), num_failed_ranks=len(errors), failed_rank=first)
+
+
+def _summarize(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The group, the version and the last sync's report, each None where not all ranks say the same."""
+    groups, versions = ({state.get(name) for state in states} for name in ("group", "version"))
+    version = versions.pop() if len(versions) == 1 else None
+    commits = [state["last_commit"] for state in states if state.get("last_commit")]
+    is_told = bool(commits) and all(commit["version"] == version for commit in commits)
+    return {
+        "group": groups.pop() if len(groups) == 1 else None,
+        "version": version,
+        "last_sync": report_of_engine(commits).as_dict() if is_told and len(commits) == len(states) else None,
+    }
 
 
 def answer_error(error: RdtError, **more: Any) -> JSONResponse:

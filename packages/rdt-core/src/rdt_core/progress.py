@@ -83,6 +83,28 @@ class Progress:
         )
 
 
+def report_of_engine(ranks: Sequence[Mapping[str, Any]]) -> SyncReport:
+    """The record of a sync as one engine can tell it, from its ranks' last commits of one version.
+
+    What only the driver knows is zero: the wait for the trainers, and their arenas. ``total_s`` counts from
+    the first read to the end of the last flip; ``stall_s`` is the commit where a rank does not know more.
+    """
+    rows = tuple(_make_row(str(rank["engine"]), rank) for rank in ranks)
+    starts = [row.prepare_started_unix_s or row.commit_started_unix_s for row in rows]
+    return SyncReport(
+        version=int(ranks[0]["version"]),
+        num_tensors=max(rank["num_tensors"] for rank in ranks),
+        nbytes=sum(row.nbytes for row in rows),
+        publish_wait_s=0.0,
+        prepare_s=max(row.prepare_s for row in rows),
+        commit_s=max(row.commit_s for row in rows),
+        stall_s=max(float(rank.get("stall_s", rank["commit_s"])) for rank in ranks),
+        total_s=max(row.commit_started_unix_s + row.commit_s for row in rows) - min(starts),
+        ranks=rows,
+        started_unix_s=min(starts),
+    )
+
+
 def trace_context() -> dict[str, str]:
     """What carries the current span into another process; empty without OpenTelemetry."""
     traceparent = tracing.traceparent()

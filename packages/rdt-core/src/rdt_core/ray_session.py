@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,17 @@ def current_address() -> RayAddress:
     if not ray.is_initialized():
         raise NoRayClusterError("", "this process has not joined one")
     return RayAddress(ray.get_runtime_context().gcs_address, os.environ.get("RAY_AUTH_MODE", ""))
+
+
+def is_joined() -> bool:
+    """Whether this process is a member of a cluster. Loads nothing."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def is_address_given() -> bool:
+    """Whether the environment names the cluster, so that it can be joined before anybody asks."""
+    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def join(where: RayAddress | None = None) -> None:

@@ -51,6 +51,7 @@ class WeightSubscriber:
         self._session = ""
         self._life = RankLife()
         self._lending = Lending()
+        self._last_commit: dict[str, Any] | None = None
 
     @property
     def version(self) -> int:
@@ -215,7 +216,7 @@ class WeightSubscriber:
             verify: in in-place mode, as for :meth:`prepare`.
 
         Returns:
-            Plain values: what :meth:`connect` returns, and version, commit_s, prepare_s, links,
+            Plain values: what :meth:`connect` returns, and engine, version, commit_s, prepare_s, links,
             prepare_started_unix_s, commit_started_unix_s.
 
         Raises:
@@ -240,8 +241,9 @@ class WeightSubscriber:
             connection.lock.release()
         if connection.is_borrowing:
             connection.reader.start(functools.partial(_stop_borrowing, connection))
-        return {
+        self._last_commit = {
             **connection.describe(self._model),
+            "engine": connection.request.engine,
             "version": version,
             "commit_s": time.perf_counter() - started,
             "prepare_s": 0.0 if connection.is_in_place else connection.read_s,
@@ -249,6 +251,7 @@ class WeightSubscriber:
             "commit_started_unix_s": started_unix_s,
             "links": connection.describe_links(),
         }
+        return self._last_commit
 
     def _flip(self, connection: Connection, version: int, timeout_s: float, verify: str | None) -> None:
         if connection.is_in_place:
@@ -338,7 +341,10 @@ class WeightSubscriber:
         return sorted(self._connected("digest").recording.reload)
 
     def status(self) -> dict[str, Any]:
-        """Plain values: rank, version, group (None when not connected), state, prepared, is_torn."""
+        """Plain values: rank, version, group (None), state, prepared, is_torn and last_commit.
+
+        ``last_commit`` is what the last :meth:`commit` returned, None before the first.
+        """
         connection = self._connection
         return {
             "rank": self._model.rank,
@@ -349,6 +355,7 @@ class WeightSubscriber:
             "state": str(self._life.state),
             "prepared": self._life.prepared,
             "is_torn": self._life.is_torn,
+            "last_commit": self._last_commit,
         }
 
     def disconnect(self, group: str | None = None) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from rdt_core import engine_rpc, settings
+from rdt_core import engine_rpc, ray_session
 from rdt_core.error_wire import to_wire
 from rdt_core.errors import NotConnectedError, NotPreparedError, RdtError, UpdateFailedError
 from rdt_core.model_thread import BackgroundCall, ModelThread
@@ -15,11 +13,10 @@ from rdt_core.subscriber import WeightSubscriber
 from rdt_sglang import compat
 from rdt_sglang.messages import WeightSyncReqOutput
 from rdt_sglang.model import SglangModel
+from rdt_sglang.readiness import get_ready
 
 if TYPE_CHECKING:
     from rdt_sglang.messages import WeightSyncReqInput
-
-logger = logging.getLogger(__name__)
 
 _ENGINE = "sglang"
 
@@ -40,23 +37,39 @@ class SchedulerReceiver:
         self._model = SglangModel(scheduler, self._model_thread)
         self._subscriber = WeightSubscriber(self._model)
         self._call: BackgroundCall | None = None
-        self._last_commit: dict[str, Any] | None = None
+        self._stall_s = 0.0
         self._is_blocked = self._resumes_later = False
+        self._gate = compat.StageGate(scheduler) if compat.is_pipeline() else None
         compat.guard_resumption(scheduler, self._may_resume)
         compat.yield_while(scheduler, self._is_busy_beside)
-        _load_transports()
+        get_ready(self._model, *compat.model_source(scheduler))
 
     def _is_busy_beside(self) -> bool:
         """Whether a thread of ours is at work. Asked by the idle scheduler."""
         return self._subscriber.is_reading or (self._call is not None and self._call.is_running)
 
-    def handle(self, request: WeightSyncReqInput) -> WeightSyncReqOutput:
-        """Answer one message. Called by the scheduler between two batches; holds it for local work only."""
+    def handle(self, request: WeightSyncReqInput) -> WeightSyncReqOutput | None:
+        """Answer one message. Called by the scheduler between two batches; holds it for local work only.
+
+        A commit of a pipeline is answered some turns later, and then None is returned here.
+        """
         self._model_thread.take_turn()
         method, payload = request.method, request.payload
-        if method == "commit":
-            return WeightSyncReqOutput.make(self._commit(payload))
-        return WeightSyncReqOutput.make(compat.gather(self._named(self._answer(method, payload))))
+        if method != "commit":
+            return WeightSyncReqOutput.make(compat.gather(self._named(self._answer(method, payload))))
+        started = time.perf_counter()
+        if self._gate is None:
+            return WeightSyncReqOutput.make(self._commit(payload, started))
+        if self._gate.is_draining:
+            busy = _failed(RdtError("commit refused: another one is under way. Try again."))
+            return WeightSyncReqOutput.make(compat.gather(self._named(busy)))
+        self._gate.drain(lambda: self._commit_later(request, started))
+        return None
+
+    def _commit_later(self, request: WeightSyncReqInput, started: float) -> None:
+        """Flip this stage of a pipeline, between the same two micro-batches as every other stage."""
+        output = WeightSyncReqOutput.make(self._commit(request.payload, started))
+        compat.send_answer(self._scheduler, output, request)
 
     def _answer(self, method: str, payload: dict[str, Any]) -> dict[str, Any]:
         if method == "start":
@@ -67,7 +80,12 @@ class SchedulerReceiver:
             return self._hold()
         answer = engine_rpc.call(self._subscriber, method, payload)
         if method == "status":
-            answer["result"]["last_commit"] = self._last_commit
+            last = answer["result"]["last_commit"]
+            answer["result"] |= {
+                "last_commit": last and {**last, "stall_s": self._stall_s},
+                "is_in_cluster": ray_session.is_joined(),
+                "num_recorded": self._model.num_recorded,
+            }
         return answer
 
     def _start(self, call: str, method: str, payload: dict[str, Any]) -> dict[str, Any]:
@@ -94,9 +112,13 @@ class SchedulerReceiver:
         self._block(was_paused=compat.is_paused(self._scheduler))
         return {"ok": True, "result": self._subscriber.status()}
 
-    def _commit(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
-        """Flip all ranks of the group, or none; the answers of all of them."""
-        started = time.perf_counter()
+    def _commit(self, payload: dict[str, Any], started: float) -> list[dict[str, Any]]:
+        """Flip all ranks of the group, or none; the answers of all of them.
+
+        Args:
+            payload: of the request.
+            started: when the scheduler began to hold back batches for it.
+        """
         refusals = compat.gather(self._named(self._check(payload)))
         if not _is_done(refusals):
             return _explain_to_the_others(payload, refusals)
@@ -120,7 +142,7 @@ class SchedulerReceiver:
             self._block(was_paused=was_paused)
         stall_s = time.perf_counter() - started
         if done["ok"]:
-            self._last_commit = {**done["result"], "stall_s": stall_s}
+            self._stall_s = stall_s
         return [{**answer, "stall_s": stall_s} for answer in answers]
 
     def _check(self, payload: dict[str, Any]) -> dict[str, Any]:
@@ -191,16 +213,3 @@ def _failed(error: RdtError) -> dict[str, Any]:
 
 def _is_done(answers: list[dict[str, Any]]) -> bool:
     return all(answer["ok"] for answer in answers)
-
-
-def _load_transports() -> None:
-    """Import Ray and NIXL before the server is ready; later it would fight the scheduler for seconds.
-
-    Where one is missing, the connect says so. On Ascend NIXL would keep openYuanrong's client out.
-    """
-    nixl = () if settings.read_data_worker() else ("nixl._api",)
-    for module in ("ray", "ray.experimental", *nixl):
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            logger.debug("%s cannot be imported: %s", module, error)

@@ -54,8 +54,15 @@ class WeightSyncChoice:
 
 
 def _arrive() -> WeightSyncChoice:
-    activate()
+    _activate_or_exit()
     return WeightSyncChoice()
+
+
+def _activate_or_exit() -> None:
+    try:
+        activate()
+    except RdtError as error:
+        sys.exit(f"error: --weight-sync {BACKEND}: {error}")
 
 
 def _add_flag(result: object, parser: argparse.ArgumentParser) -> None:

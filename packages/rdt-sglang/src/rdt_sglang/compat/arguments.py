@@ -80,8 +80,16 @@ def check_supported(server_args: Any) -> None:
         ConfigError: a setting that cannot be served together with weight sync.
     """
     if getattr(server_args, "pp_size", 1) > 1:
-        raise ConfigError("pipeline parallelism is not supported yet. Start with --pp-size 1.")
+        _check_pipeline(server_args)
     if os.environ.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes"):
         raise ConfigError("the Rust server has no routes for it. Unset SGLANG_RUST_SERVER.")
     if getattr(server_args, "encoder_only", False):
         raise ConfigError("an encoder-only server has no scheduler. Start without --encoder-only.")
+
+
+def _check_pipeline(server_args: Any) -> None:
+    # Later stages answer over the first node's own sockets, and only SGLang's plain pipeline loop has a gate.
+    if getattr(server_args, "nnodes", 1) > 1:
+        raise ConfigError("a pipeline over several nodes is not supported yet. Use --pp-size 1.")
+    if getattr(server_args, "disaggregation_mode", "null") != "null":
+        raise ConfigError("a pipeline with disaggregated prefill is not supported yet. Use --pp-size 1.")

@@ -7,10 +7,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from rdt_sglang.compat.arguments import ENGINE_MODULE
-from rdt_sglang.compat.hooks import HTTP_MODULE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
+
+HTTP_MODULE = "sglang.srt.entrypoints.http_server"
 
 
 def world_size() -> int:
@@ -23,10 +24,14 @@ def world_size() -> int:
 
 
 def num_schedulers() -> int:
-    """Number of scheduler groups that answer a message, each for all of its ranks."""
+    """Number of scheduler groups that answer a message, each for all of its ranks.
+
+    The replicas of data parallelism, and in each the stages of its pipeline.
+    """
     from sglang.srt.runtime_context import get_parallel  # noqa: PLC0415
 
-    return int(get_parallel().num_dp_ranks)
+    parallel = get_parallel()
+    return int(parallel.num_dp_ranks * parallel.pp_size)
 
 
 async def ask_schedulers(manager: Any, method: str, payload: dict[str, Any]) -> list[dict[str, Any]]:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from rdt_core.errors import UnsupportedEngineError
 from rdt_sglang.compat.arguments import sglang_version
+from rdt_sglang.compat.front import HTTP_MODULE, num_schedulers
+from rdt_sglang.compat.pipeline import open_sender
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-HTTP_MODULE = "sglang.srt.entrypoints.http_server"
 _CONTROL = "sglang.srt.managers.tokenizer_control_mixin"
 _SCHEDULER = "sglang.srt.managers.scheduler"
 
@@ -70,6 +71,7 @@ def offer_routes(attach: Callable[[Any], None]) -> None:
 
     def after(result: object, manager: Any, *args: Any, **kwargs: Any) -> None:
         del result, args, kwargs
+        manager.weight_sync_communicator.set_fan_out(num_schedulers())
         attach(manager)
 
     _hook(f"{_CONTROL}.TokenizerControlMixin.init_communicators", after)
@@ -78,7 +80,7 @@ def offer_routes(attach: Callable[[Any], None]) -> None:
 def offer_receiver(attach: Callable[[Any], None]) -> None:
     """Have ``attach`` called with this process's scheduler, once its model is loaded. Idempotent.
 
-    Source: managers/scheduler.py, Scheduler.init_request_dispatcher (0.5.23).
+    Source: managers/scheduler.py, Scheduler.init_ipc_channels and init_request_dispatcher (0.5.23).
 
     Raises:
         UnsupportedEngineError: there is no such place.
@@ -88,6 +90,11 @@ def offer_receiver(attach: Callable[[Any], None]) -> None:
         del result, args, kwargs
         attach(scheduler)
 
+    def after_channels(result: object, scheduler: Any, port_args: Any) -> None:
+        del result
+        open_sender(scheduler, port_args)
+
+    _hook(f"{_SCHEDULER}.Scheduler.init_ipc_channels", after_channels)
     _hook(f"{_SCHEDULER}.Scheduler.init_request_dispatcher", after)
 
 

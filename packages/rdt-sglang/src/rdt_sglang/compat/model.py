@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,25 @@ if TYPE_CHECKING:
 def model_of(scheduler: Any) -> Any:
     """The model that this rank serves; draft models of speculative decoding are not synced."""
     return scheduler.tp_worker.model_runner.model
+
+
+def model_source(scheduler: Any) -> tuple[str, str | None]:
+    """What the engine was started from: a folder or a repository's name, and the repository's revision."""
+    config = scheduler.tp_worker.model_runner.model_config
+    return str(config.model_path), getattr(config, "revision", None)
+
+
+def find_folder(model_path: str, revision: str | None) -> Path | None:
+    """The folder on this host that holds a model; None where there is none. Asks no network."""
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  SGLang's own
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+
+    if Path(model_path).is_dir():
+        return Path(model_path)
+    try:
+        return Path(snapshot_download(model_path, revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
 
 
 def use_device(device: torch.device) -> None:

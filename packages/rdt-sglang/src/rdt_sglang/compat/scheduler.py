@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rdt_sglang.compat.front import world_size
 from rdt_sglang.compat.model import model_of
+from rdt_sglang.compat.pipeline import is_pipeline, retract_micro_batches, send_answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,12 +38,20 @@ def find_place(scheduler: Any) -> Place:
 
 
 def handle_messages(scheduler: Any, handle: Callable[[Any], Any]) -> None:
-    """Have the scheduler pass our messages to ``handle`` between two batches."""
+    """Have the scheduler pass our messages to ``handle`` between two batches.
+
+    What ``handle`` returns is sent as the answer of this rank's group; None answers nothing yet.
+    """
     from sglang.utils import TypeBasedDispatcher  # noqa: PLC0415
 
     from rdt_sglang.messages import WeightSyncReqInput  # noqa: PLC0415
 
-    scheduler._request_dispatcher += TypeBasedDispatcher([(WeightSyncReqInput, handle)])
+    def answer(request: Any) -> None:
+        output = handle(request)
+        if output is not None:
+            send_answer(scheduler, output, request)
+
+    scheduler._request_dispatcher += TypeBasedDispatcher([(WeightSyncReqInput, answer)])
 
 
 def guard_resumption(scheduler: Any, may_resume: Callable[[], bool]) -> None:
@@ -91,7 +100,13 @@ def retract_all(scheduler: Any) -> None:
     """
     from sglang.srt.managers.io_struct import PauseGenerationReqInput  # noqa: PLC0415
 
-    scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
+    def retract() -> None:
+        scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
+
+    if is_pipeline():
+        retract_micro_batches(scheduler, retract)
+    else:
+        retract()
 
 
 def hold(scheduler: Any) -> None:

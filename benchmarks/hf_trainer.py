@@ -1,0 +1,80 @@
+"""A trainer rank that holds a whole Hugging Face model with random weights; an actor of the benchmarks."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from rdt_core import LocalShard, LocalShards, Region, TensorSpec, WeightPublisher
+
+
+class HfTrainer:
+    """Goes to and fro between two sets of weights.
+
+    Args:
+        folder: where the first set is saved as a checkpoint, with a tokenizer.
+        shape: fields of a Qwen3 configuration, with ``dtype``.
+        device: where the weights lie.
+    """
+
+    def __init__(self, folder: str, shape: dict[str, object], device: str) -> None:
+        from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: PLC0415  only in this actor
+
+        self._dtype = str(shape["dtype"])
+        torch.manual_seed(0)
+        torch.set_default_dtype(getattr(torch, self._dtype))
+        config = Qwen3Config(**shape)
+        config.architectures = ["Qwen3ForCausalLM"]
+        with torch.device(device):
+            model = Qwen3ForCausalLM(config)
+        model.eval()
+        model.save_pretrained(folder)
+        save_tokenizer(folder)
+        self._live = {name: parameter.data for name, parameter in model.named_parameters()}
+        self._sets = [
+            [data.clone() for data in self._live.values()],
+            [data * 1.5 for data in self._live.values()],
+        ]
+
+    def attach(self, group: str) -> None:
+        """Offer every parameter."""
+        shards = tuple(
+            LocalShard(
+                spec=TensorSpec(name, tuple(data.shape), self._dtype),
+                region=Region.whole(tuple(data.shape)),
+                data=data,
+                owner=name,
+            )
+            for name, data in self._live.items()
+        )
+
+        def locate() -> tuple[int, ...]:
+            return tuple(data.data_ptr() for data in self._live.values())
+
+        local = LocalShards(rank=0, world_size=1, shards=shards, locate=locate)
+        self._publisher = WeightPublisher.attach(group, local)
+
+    def publish(self, version: int) -> float:
+        """Take the first set of weights at odd versions, the second at even ones; seconds of ``publish``."""
+        for live, value in zip(self._live.values(), self._sets[(version + 1) % 2], strict=True):
+            live.copy_(value)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        self._publisher.publish(version)
+        return time.perf_counter() - started
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._publisher.close()
+
+
+def save_tokenizer(folder: str) -> None:
+    """Words ``w0`` to ``w999``; ids beyond them decode to nothing."""
+    from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(1000)}, unk_token="w0"))  # noqa: S106  a word
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)  # noqa: S106

@@ -1,0 +1,324 @@
+"""A real `sglang.launch_server --weight-sync rdt` beside a trainer: what a read costs those who are served.
+
+    python benchmarks/sglang_server.py --json benchmarks/results/sglang-cpu.json
+
+Requests stream all the time. In turns of a few seconds nothing else happens, or the engine reads versions one
+after the other without a pause, and the tokens of every turn are counted: neighbours are compared, so that
+what else the machine does falls on both. `paced` turns read one version a period, as a trainer does whose
+steps take that long. Then whole syncs, for the time that requests in flight stand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import ray
+import torch
+from hf_trainer import HfTrainer
+from sync import machine, ray_cluster, versions
+
+from rdt_core import WeightSync
+from rdt_core.engine_http import EngineHttp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+TIMEOUT_S = 600.0
+PROMPT = [11, 523, 871, 77, 902, 4, 151, 621, 33, 18, 990, 444, 21, 7, 5, 123]
+# The shapes of SmolLM2-135M, as a Qwen3.
+SHAPE = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.05,
+    "dtype": "float32",
+}
+ON_CPU = [
+    *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+    *("--grammar-backend", "none", "--cuda-graph-backend-decode", "disabled"),
+    *("--cuda-graph-backend-prefill", "disabled", "--disable-custom-all-reduce", "--skip-server-warmup"),
+    *("--mem-fraction-static", "0.5", "--max-total-tokens", "16384", "--dtype", "float32"),
+]
+CPU_ENV = {"OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1", "TORCHDYNAMO_DISABLE": "1"}
+
+
+@contextlib.contextmanager
+def sglang_server(folder: str, log: Path, *arguments: str) -> Iterator[tuple[str, int]]:
+    """A server, once it is ready; yields its URL and its process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", folder, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--random-seed", "1", *arguments]
+    is_cpu = not torch.cuda.is_available()
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", **(CPU_ENV if is_cpu else {})}
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [*command, *(ON_CPU if is_cpu else ())],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not is_ready(url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"SGLang did not start:\n{log.read_text(errors='replace')[-4000:]}")
+            time.sleep(0.5)
+        yield url, process.pid
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        process.kill()
+        process.wait(20)
+
+
+def is_ready(url: str) -> bool:
+    """Whether the server answers."""
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"{url}/model_info", timeout=2).is_success
+    return False
+
+
+class Load:
+    """Requests that stream from threads of this process until stopped; counts tokens as they arrive."""
+
+    def __init__(self, url: str, num_clients: int) -> None:
+        self._url, self._stop = url, threading.Event()
+        self.tokens = [0] * num_clients
+        self.num_failed = 0
+        self.gaps_s: list[float] = []
+        self._threads = [
+            threading.Thread(target=self._ask, args=(client,), daemon=True) for client in range(num_clients)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, client: int) -> None:
+        sampling = {"max_new_tokens": 512, "temperature": 0, "ignore_eos": True}
+        body = {"input_ids": [client, *PROMPT], "sampling_params": sampling, "stream": True}
+        with httpx.Client(base_url=self._url, timeout=TIMEOUT_S, trust_env=False) as http:
+            while not self._stop.is_set():
+                last = None
+                with http.stream("POST", "/generate", json=body) as answer:
+                    self.num_failed += not answer.is_success
+                    for line in answer.iter_lines():
+                        if line.startswith("data: {"):
+                            self.tokens[client] += 1
+                            now = time.perf_counter()
+                            if last is not None:
+                                self.gaps_s.append(now - last)
+                            last = now
+                        if self._stop.is_set():
+                            break
+
+    def stop(self) -> None:
+        """Leave the requests in flight."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+
+
+def scheduler_cpu_s(server_pid: int) -> float:
+    """Processor time of the thread that runs the model, from when its process began."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = stat.read_text().rpartition(")")
+            # Field 6 is the session, which the server's processes share.
+            if "sglang::schedul" in name and int(rest.split()[3]) == server_pid:
+                pid = stat.parent.name
+                fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
+                return (int(fields[11]) + int(fields[12])) / ticks
+    raise SystemExit("found no scheduler of the server")
+
+
+def measure_turn(load: Load, server_pid: int, seconds: float, work: Callable[[float], int]) -> dict[str, Any]:
+    """One turn: tokens and processor seconds while ``work`` runs until its deadline; it returns a count."""
+    tokens, cpu_s, started = sum(load.tokens), scheduler_cpu_s(server_pid), time.perf_counter()
+    num_reads = work(time.monotonic() + seconds)
+    elapsed = time.perf_counter() - started
+    num_tokens = sum(load.tokens) - tokens
+    return {
+        "seconds": elapsed,
+        "tokens_per_s": num_tokens / elapsed,
+        "scheduler_cpu_ms_per_token": 1e3 * (scheduler_cpu_s(server_pid) - cpu_s) / max(1, num_tokens),
+        "reads": num_reads,
+    }
+
+
+def rest(deadline: float) -> int:
+    """Nothing but waiting."""
+    time.sleep(max(0.0, deadline - time.monotonic()))
+    return 0
+
+
+def read_again(engine: EngineHttp, version: int, read_s: list[float], period_s: float) -> Callable[..., int]:
+    """Has the engine read a version again and again, once a period; 0 for without a pause."""
+
+    def work(deadline: float) -> int:
+        count = 0
+        while time.monotonic() < deadline:
+            started = time.monotonic()
+            engine.call("prepare", {"version": version, "timeout_s": 60.0}, timeout_s=120.0)
+            read_s.append(time.monotonic() - started)
+            count += 1
+            rest(min(deadline, started + period_s))
+        return count
+
+    return work
+
+
+def compare(
+    load: Load, server_pid: int, pairs: int, seconds: float, work: Callable[[float], int]
+) -> dict[str, Any]:
+    """Turns with and without ``work``, in changing order; ratios of neighbours."""
+    ratios, cpu_ratios = [], []
+    turns: dict[str, list[dict[str, Any]]] = {"without": [], "with": []}
+    for pair in range(pairs):
+        order = ("without", "with") if pair % 2 else ("with", "without")
+        found = {
+            name: measure_turn(load, server_pid, seconds, work if name == "with" else rest) for name in order
+        }
+        for name, turn in found.items():
+            turns[name].append(turn)
+        ratios.append(found["with"]["tokens_per_s"] / found["without"]["tokens_per_s"])
+        cpu = (turn["scheduler_cpu_ms_per_token"] for turn in (found["with"], found["without"]))
+        cpu_ratios.append(next(cpu) / max(1e-9, next(cpu)))
+    sums = {name: sum(turn["tokens_per_s"] for turn in taken) for name, taken in turns.items()}
+    return {
+        "pairs": pairs,
+        "turn_s": seconds,
+        "reads": sum(turn["reads"] for turn in turns["with"]),
+        **{
+            f"tokens_per_s_{name}": round(statistics.median(turn["tokens_per_s"] for turn in taken), 2)
+            for name, taken in turns.items()
+        },
+        "ratio_median": round(statistics.median(ratios), 4),
+        "ratio_of_sums": round(sums["with"] / sums["without"], 4),
+        "ratio_quartiles": [round(q, 4) for q in statistics.quantiles(ratios, n=4)] if pairs > 1 else [],
+        "scheduler_cpu_ratio_median": round(statistics.median(cpu_ratios), 4),
+    }
+
+
+def measure_syncs(sync: WeightSync, trainer: Any, numbers: range, kv_cache: str) -> dict[str, Any]:
+    """Whole syncs, published and taken one by one, while requests are in flight."""
+    samples: dict[str, list[float]] = {"prepare": [], "commit": [], "stall": [], "update": []}
+    for version in numbers:
+        ray.get(trainer.publish.remote(version), timeout=TIMEOUT_S)
+        began = time.perf_counter()
+        report = sync.update(version=version, kv_cache=kv_cache, timeout_s=120.0)
+        samples["update"].append(time.perf_counter() - began)
+        for phase in ("prepare", "commit", "stall"):
+            samples[phase].append(getattr(report, f"{phase}_s"))
+    return {phase: summarize(values) for phase, values in samples.items()}
+
+
+def summarize(seconds: list[float]) -> dict[str, float]:
+    """Median, least and most in milliseconds."""
+    ms = [1e3 * value for value in seconds]
+    figures = {"median_ms": statistics.median(ms), "min_ms": min(ms), "max_ms": max(ms)}
+    return {**{name: round(value, 2) for name, value in figures.items()}, "n": len(ms)}
+
+
+def main() -> None:
+    """Start, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--logs", type=Path, default=Path("/tmp"))  # noqa: S108  of a benchmark
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--turn", type=float, default=5.0, help="seconds of a turn")
+    parser.add_argument("--period", type=float, default=2.5, help="seconds from read to read in paced turns")
+    parser.add_argument("--syncs", type=int, default=10)
+    parser.add_argument("--clients", type=int, default=2)
+    args = parser.parse_args()
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "versions": {**versions(), "sglang": versions_of_sglang()},
+        "shape": SHAPE,
+        "clients": args.clients,
+    }
+    with ray_cluster(), tempfile.TemporaryDirectory() as folder:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        trainer = ray.remote(HfTrainer).options(num_cpus=0).remote(folder, SHAPE, device)
+        ray.get(trainer.attach.remote("sglang"), timeout=TIMEOUT_S)
+        started = time.perf_counter()
+        with sglang_server(folder, args.logs / "sglang-rdt.log", "--weight-sync", "rdt") as (url, pid):
+            note(result, "start_s", round(time.perf_counter() - started, 1))
+            with WeightSync.connect("sglang", engines=[url], timeout_s=120.0) as sync:
+                connected = next(iter(sync.engines.values()))[0]
+                note(result, "connected", {k: connected[k] for k in ("connect_s", "read_nbytes", "trainers")})
+                measure(result, sync, trainer, url, pid, args)
+                note(result, "bytes_equal", sync.verify(timeout_s=TIMEOUT_S).bytes_equal)
+        ray.get(trainer.close.remote(), timeout=TIMEOUT_S)
+    note(result, "load_average_after", os.getloadavg())
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(
+    result: dict[str, Any], sync: WeightSync, trainer: Any, url: str, pid: int, args: argparse.Namespace
+) -> None:
+    """Reads beside requests, then whole syncs beside requests."""
+    versions_left = itertools.count(1)
+    load = Load(url, args.clients)
+    warm = next(versions_left)
+    measure_syncs(sync, trainer, range(warm, warm + 1), "recompute")
+    version = next(versions_left)
+    ray.get(trainer.publish.remote(version), timeout=TIMEOUT_S)
+    engine = EngineHttp(url)
+    for name, period_s in (("nothing", None), ("paced", args.period), ("without a pause", 0.0)):
+        read_s: list[float] = []
+        work = rest if period_s is None else read_again(engine, version, read_s, period_s)
+        found = compare(load, pid, args.pairs, args.turn, work)
+        note(result, f"reads: {name}", {**found, **({"read": summarize(read_s)} if read_s else {})})
+    for kv_cache in ("recompute", "keep"):
+        first = next(versions_left)
+        versions_left = itertools.count(first + args.syncs)
+        load.gaps_s.clear()
+        phases = measure_syncs(sync, trainer, range(first, first + args.syncs), kv_cache)
+        note(result, f"syncs: {kv_cache}", {**phases, "gap_between_tokens": summarize(load.gaps_s)})
+    note(result, "requests_failed", load.num_failed)
+    load.stop()
+
+
+def versions_of_sglang() -> str:
+    """The engine's version."""
+    import importlib.metadata  # noqa: PLC0415  asked once
+
+    return importlib.metadata.version("sglang")
+
+
+def note(into: dict[str, Any], name: str, value: Any) -> None:
+    """Keep a fact and print it at once, so that a run that ends early has told what it knew."""
+    into[name] = value
+    print(name, json.dumps(value), flush=True)
+
+
+if __name__ == "__main__":
+    main()
