@@ -97,10 +97,17 @@ class SchedulerReceiver:
 
         def run() -> dict[str, Any]:
             compat.use_device(self._model.device)
+            if method == "digest" and self._model.is_packed:
+                # Digests are of weights as the loader writes them, so generation has to stand meanwhile.
+                return self._model_thread.run(lambda: self._call_unpacked(method, payload))
             return engine_rpc.call(self._subscriber, method, payload)
 
         self._call = BackgroundCall(call, run)
         return {"ok": True, "result": {"is_running": True}}
+
+    def _call_unpacked(self, method: str, payload: dict[str, Any]) -> dict[str, Any]:
+        with self._model.unpacked():
+            return engine_rpc.call(self._subscriber, method, payload)
 
     def _poll(self, call: str) -> dict[str, Any]:
         if self._call is None or self._call.number != call:
@@ -130,7 +137,8 @@ class SchedulerReceiver:
                 self._resume(was_paused=was_paused)
                 return emptied
         compat.wait_for_device(self._model.device)
-        done = engine_rpc.call(self._subscriber, "commit", payload)
+        with self._model.unpacked():
+            done = engine_rpc.call(self._subscriber, "commit", payload)
         compat.wait_for_device(self._model.device)
         answers = compat.gather(self._named(done))
         if _is_done(answers):

@@ -34,11 +34,11 @@ _MODEL_HOOKS = frozenset(
     {"sglang.srt.models.deepseek_common.deepseek_weight_loader.DeepseekV2WeightLoaderMixin"}
 )
 
-# What a method of expert layers says of itself when weights left the loader's layout.
-_MOE_LAYOUTS = {
-    "use_flashinfer_trtllm_moe": "a TRT-LLM kernel's layout (start with --moe-runner-backend triton)",
-    "w13_swiglu_interleaved": "interleaved rows (unset SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED)",
-}
+# What a method of expert layers says of itself when weights left the loader's layout: for good, or so that
+# its own restore_weights_before_loading brings them back.
+_INTERLEAVED = "w13_swiglu_interleaved"
+_BLOCKED = "use_flashinfer_trtllm_moe"
+
 _PACKED = "use_intel_amx_backend"
 
 
@@ -69,6 +69,15 @@ def find_hooks(model: Any) -> tuple[Hook, ...]:
     return (Hook(type(model).__name__, tuple(model.modules()), model.post_load_weights),)
 
 
+def is_packed(model: Any) -> bool:
+    """Whether weights are packed in place after a load, in a way that SGLang undoes before the next one.
+
+    Source: layers/quantization/unquant.py, restore_weights_before_loading (0.5.23).
+    """
+    methods = [getattr(module, "quant_method", None) for module in model.modules()]
+    return any(getattr(method, _BLOCKED, False) for method in methods)
+
+
 def _check_layer(name: str, layer: torch.nn.Module) -> None:
     method: Any = getattr(layer, "quant_method", None)
     process = getattr(type(method), "process_weights_after_loading", None)
@@ -85,9 +94,8 @@ def _check_layer(name: str, layer: torch.nn.Module) -> None:
 
 
 def _check_experts(name: str, method: Any) -> None:
-    for sign, layout in _MOE_LAYOUTS.items():
-        if getattr(method, sign, False):
-            raise UnsupportedLoaderError(name, layout)
+    if getattr(method, _INTERLEAVED, False):
+        raise UnsupportedLoaderError(name, "interleaved rows (unset SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED)")
     if compat.is_shuffled(method):
         raise UnsupportedLoaderError(
             name, "weights shuffled for AITER (start with --moe-runner-backend triton)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from rdt_sglang import compat, finalize
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from contextlib import AbstractContextManager
 
     from rdt_core.manifest import TensorSpec
     from rdt_core.model_thread import ModelThread
@@ -38,6 +40,9 @@ class SglangModel:
     Args:
         scheduler: whose model is loaded and processed.
         model_thread: the scheduler's own; :meth:`record` is called from another one.
+
+    Attributes:
+        is_packed: whether weights lie where the loader writes them only within :meth:`unpacked`.
     """
 
     def __init__(self, scheduler: Any, model_thread: ModelThread) -> None:
@@ -46,6 +51,7 @@ class SglangModel:
         self._hooks: tuple[Hook, ...] | None = None
         self._known: _Known | None = None
         place = compat.find_place(scheduler)
+        self.is_packed = finalize.is_packed(self._model)
         self.rank, self.world_size, self.device = place.rank, place.world_size, place.device
 
     def record(self, specs: Sequence[TensorSpec]) -> Recording:
@@ -74,6 +80,10 @@ class SglangModel:
         with compat.loading(self._scheduler), torch.no_grad():
             self._model.load_weights(tensors)
 
+    def unpacked(self) -> AbstractContextManager[None]:
+        """Around what reads or writes parameters; packs again what was packed. In the scheduler's thread."""
+        return compat.unpacked_weights(self._scheduler) if self.is_packed else nullcontext()
+
     def finalize(self) -> None:
         """Recompute what SGLang derives from weights after a load. Called at commit, after the copies."""
         hooks = self._hooks if self._hooks is not None else finalize.find_hooks(self._model)
@@ -83,7 +93,7 @@ class SglangModel:
 
     def _record(self, specs: tuple[TensorSpec, ...]) -> Recording:
         self._hooks = finalize.find_hooks(self._model)
-        with compat.loading(self._scheduler):
+        with compat.loading(self._scheduler), self.unpacked():
             recording = record_loader(self._model, specs, skippable=self._may_drop)
         self._known = _Known(specs, _places_of(self._model), recording)
         return recording

@@ -42,6 +42,7 @@ from rdt_sglang.compat.model import (
     loading,
     model_of,
     model_source,
+    unpacked_weights,
     use_device,
     wait_for_device,
 )
@@ -117,6 +118,7 @@ __all__ = [
     "server_keys",
     "server_url",
     "sglang_version",
+    "unpacked_weights",
     "use_device",
     "wait_for_device",
     "world_size",

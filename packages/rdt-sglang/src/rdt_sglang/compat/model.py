@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rdt_core.errors import UnsupportedEngineError
+from rdt_sglang.compat.arguments import sglang_version
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -86,6 +89,27 @@ def derived_cache_error(model: Any) -> str | None:
         return None
     find = getattr(module, "_unsupported_derived_weight_cache_error", None)
     return find(model) if find is not None else None
+
+
+@contextlib.contextmanager
+def unpacked_weights(scheduler: Any) -> Iterator[None]:
+    """Weights laid out as the loader writes them, where SGLang packs them in place and can undo it.
+
+    In the scheduler's thread, with no batch under way. The same as its own updates do around loads
+    (model_executor/model_runner_components/weight_updater.py, begin_weight_update and end_weight_update,
+    0.5.23), less the post-load hook of the model.
+
+    Raises:
+        UnsupportedEngineError: this SGLang cannot undo it.
+    """
+    updater = getattr(scheduler.tp_worker.model_runner, "weight_updater", None)
+    if not hasattr(updater, "begin_weight_update"):
+        raise UnsupportedEngineError("sglang", sglang_version(), "weights that can be unpacked")
+    updater.begin_weight_update()  # type: ignore[union-attr]  # it has that method, see above
+    try:
+        yield
+    finally:
+        updater.end_weight_update(run_post_load=False)  # type: ignore[union-attr]
 
 
 def is_shuffled(method: object) -> bool:
