@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.util
-import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -37,7 +36,8 @@ def _break_commit(module: types.ModuleType) -> None:
 
 
 def _take_hook(module: types.ModuleType) -> None:
-    if _told() == "no hook" and multiprocessing.parent_process() is not None:
+    # A child imports this while it unpickles its arguments, when it does not know its parent yet.
+    if _told() == "no hook" and "--multiprocessing-fork" in sys.orig_argv:
         del module.Scheduler.init_request_dispatcher
 
 
