@@ -26,18 +26,27 @@ def read_specs(folder: Path) -> tuple[TensorSpec, ...]:
         OSError: a file cannot be read.
         ValueError: a file is no checkpoint of weights in plain floating point.
     """
-    from safetensors import safe_open  # noqa: PLC0415  SGLang's own
+    from safetensors import SafetensorError  # noqa: PLC0415  SGLang's own
 
     specs: dict[str, TensorSpec] = {}
     for file in _files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  no mapping
-                view = tensors.get_slice(name)
-                dtype = _DTYPES.get(view.get_dtype())
-                if dtype is None:
-                    raise ValueError(f"{name} in {file} is {view.get_dtype()}, expected floating point")
-                specs[name] = TensorSpec(name, tuple(view.get_shape()), dtype)
+        try:
+            specs |= {spec.name: spec for spec in _specs_in(file)}
+        except SafetensorError as error:
+            raise ValueError(f"{file} is no safetensors file: {error}") from error
     return tuple(specs[name] for name in sorted(specs))
+
+
+def _specs_in(file: Path) -> Iterator[TensorSpec]:
+    from safetensors import safe_open  # noqa: PLC0415  SGLang's own
+
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118  no mapping
+            view = tensors.get_slice(name)
+            dtype = _DTYPES.get(view.get_dtype())
+            if dtype is None:
+                raise ValueError(f"{name} in {file} is {view.get_dtype()}, expected floating point")
+            yield TensorSpec(name, tuple(view.get_shape()), dtype)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -71,5 +71,6 @@ def _record(model: SglangModel, model_path: str, revision: str | None) -> None:
         specs = read_specs(folder) if folder is not None else ()
         if specs:
             model.record(specs)
-    except (RdtError, OSError, ValueError) as error:
+    except (RdtError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        # A server must start whatever its loader or torch raises here.
         logger.info("weight sync: nothing is recorded before the first connect: %s", error)
