@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from rdt_core import engine_rpc, ray_session
 from rdt_core.error_wire import to_wire
-from rdt_core.errors import NotConnectedError, NotPreparedError, RdtError, UpdateFailedError
+from rdt_core.errors import (
+    CannotLendError,
+    NotConnectedError,
+    NotPreparedError,
+    RdtError,
+    UpdateFailedError,
+)
 from rdt_core.model_thread import BackgroundCall, ModelThread
 from rdt_core.subscriber import WeightSubscriber
 from rdt_sglang import compat
@@ -78,6 +84,8 @@ class SchedulerReceiver:
             return self._poll(str(payload["call"]))
         if method == "hold":
             return self._hold()
+        if method == "lend" and self._model.is_packed:
+            return _failed(CannotLendError(self._model.rank, "they are packed for a kernel"))
         answer = engine_rpc.call(self._subscriber, method, payload)
         if method == "status":
             last = answer["result"]["last_commit"]
