@@ -3,7 +3,8 @@
     python benchmarks/attach.py --json benchmarks/results/attach-cpu.json
 
 Every size is measured in a process of its own: the exporter on a module of that many small parameters, the
-manifest, its bytes on the wire, and the address check of one ``publish``.
+manifest, its bytes on the wire, the address check of one ``publish``, and whole publishes to a coordinator in
+the same process (the way to one in Ray is in ``benchmarks/sync.py``).
 """
 
 from __future__ import annotations
@@ -14,20 +15,26 @@ import json
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from rdt_core import WeightPublisher
+from rdt_core.client import LocalChannel
 from rdt_core.describe import describe_trainer
 from rdt_core.wire import manifest_to_bytes
 from rdt_megatron import fsdp_shards
 
-SIZES = (1_000, 10_000, 30_000, 100_000)
+if TYPE_CHECKING:
+    from rdt_core.local_shards import LocalShards
+
+SIZES = (300, 1_000, 10_000, 30_000, 100_000)
 
 
 def measure(num_parameters: int) -> dict[str, Any]:
@@ -43,6 +50,7 @@ def measure(num_parameters: int) -> dict[str, Any]:
     packed_s = time.process_time()
     local.locate()
     located_s = time.process_time()
+    grown_bytes = resident_bytes() - before_bytes
     return {
         "num_parameters": num_parameters,
         "export_s": exported_s - began_s,
@@ -50,9 +58,23 @@ def measure(num_parameters: int) -> dict[str, Any]:
         "wire_s": packed_s - described_s,
         "attach_s": packed_s - began_s,
         "address_check_s": located_s - packed_s,
-        "memory_bytes": resident_bytes() - before_bytes,
+        "memory_bytes": grown_bytes,
         "manifest_bytes": len(wire),
+        "publish_ms": measure_publish(local),
     }
+
+
+def measure_publish(local: LocalShards) -> float:
+    """Median of 30 publishes without arenas after ten others, in milliseconds of the wall clock."""
+    channel = LocalChannel("attach-benchmark")
+    with WeightPublisher.attach("attach-benchmark", local, channel=channel) as publisher:
+        taken_s = []
+        for version in range(1, 41):
+            began_s = time.perf_counter()
+            publisher.publish(version)
+            taken_s.append(time.perf_counter() - began_s)
+    channel.end()
+    return statistics.median(taken_s[10:]) * 1e3
 
 
 def resident_bytes() -> int:

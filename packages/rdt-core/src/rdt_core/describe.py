@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import functools
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from rdt_core.collection import paused_collection
 from rdt_core.manifest import Manifest, Shard, TensorSpec, Window
 from rdt_core.transports.offers import offered_transports
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from rdt_core.local_shards import LocalShard, LocalShards
+
+_ALIGNMENT = 16  # of the widest element
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,23 +69,42 @@ def typed_view(
     return usable.as_strided(tuple(shape), tuple(s // itemsize for s in stride_bytes), base)
 
 
+class LiveWindows(Mapping[str, torch.Tensor]):
+    """Flat uint8 views of live memory by window name, each made when it is asked for: few are of very many.
+
+    Args:
+        spans: for every window a tensor of its storage, and the half-open byte range in that.
+    """
+
+    def __init__(self, spans: Mapping[str, tuple[torch.Tensor, int, int]]) -> None:
+        self._spans = spans
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return flat_bytes(*self._spans[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._spans)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+
+@paused_collection()
 def describe_trainer(local: LocalShards) -> Described:
     """The manifest of one trainer rank. No collective, no copy; linear in the number of shards."""
     groups: dict[int, list[LocalShard]] = {}
     for shard in local.shards:
         groups.setdefault(shard.data.untyped_storage().data_ptr(), []).append(shard)
-    windows: dict[str, torch.Tensor] = {}
+    spans: dict[str, tuple[torch.Tensor, int, int]] = {}
     shards: list[Shard] = []
     for members in groups.values():
-        spans = [span_bytes(shard.data) for shard in members]
-        start, stop = min(a for a, _ in spans), max(b for _, b in spans)
+        starts, stops = zip(*[span_bytes(shard.data) for shard in members], strict=True)
         # Rounding down keeps every dtype's elements aligned to the window's first byte.
-        start -= start % 16
+        start = min(starts) // _ALIGNMENT * _ALIGNMENT
         name = members[0].owner
-        windows[name] = flat_bytes(members[0].data, start, stop)
-        shards += [
-            _shard_in(name, shard, first - start) for shard, (first, _) in zip(members, spans, strict=True)
-        ]
+        spans[name] = members[0].data, start, max(stops)
+        for shard, first in zip(members, starts, strict=True):
+            shards.append(_shard_in(name, shard, first - start))
     device = str(local.shards[0].data.device) if local.shards else "cpu"
     return Described(
         Manifest(
@@ -91,23 +114,24 @@ def describe_trainer(local: LocalShards) -> Described:
             node=node_name(),
             device=device,
             transports=offered_transports(device),
-            windows={name: Window(name, flat.numel()) for name, flat in windows.items()},
+            windows={name: Window(name, stop - start) for name, (_, start, stop) in spans.items()},
             tensors={spec.name: spec for spec in (*local.known, *(shard.spec for shard in local.shards))},
             shards=tuple(shards),
         ),
-        windows,
+        LiveWindows(spans),
     )
 
 
 def _shard_in(window: str, shard: LocalShard, offset_bytes: int) -> Shard:
-    itemsize = shard.data.element_size()
+    data = shard.data
+    itemsize = data.element_size()
     return Shard(
         tensor=shard.spec.name,
         region=shard.region,
         window=window,
         offset_bytes=offset_bytes,
-        stride_bytes=tuple(stride * itemsize for stride in shard.data.stride()),
-        dtype=dtype_name(shard.data.dtype),
+        stride_bytes=tuple([stride * itemsize for stride in data.stride()]),
+        dtype=dtype_name(data.dtype),
     )
 
 

@@ -51,7 +51,7 @@ def span_nbytes(shape: Sequence[int], stride_bytes: Sequence[int], itemsize: int
     """Bytes from the first to behind the last element; 0 for an empty box."""
     if 0 in shape:
         return 0
-    return itemsize + sum((n - 1) * stride for n, stride in zip(shape, stride_bytes, strict=True))
+    return itemsize + sum([(n - 1) * stride for n, stride in zip(shape, stride_bytes, strict=True)])
 
 
 def offset_of(shard: Shard, region: Region) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import operator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -110,12 +113,13 @@ def find_fault(manifest: Manifest) -> str | None:
     Raises:
         UnknownDtypeError: a dtype is not one that this project moves.
     """
-    return (
-        _find_header_fault(manifest)
-        or next(filter(None, (_find_window_fault(*item) for item in manifest.windows.items())), None)
-        or next(filter(None, (_find_spec_fault(*item) for item in manifest.tensors.items())), None)
-        or next(filter(None, (_find_shard_fault(manifest, shard) for shard in manifest.shards)), None)
+    found = _find_header_fault(manifest)
+    checks = (
+        (_find_window_fault(*item) for item in manifest.windows.items()),
+        (_find_spec_fault(*item) for item in manifest.tensors.items()),
+        (_find_shard_fault(manifest, shard) for shard in manifest.shards),
     )
+    return found or next(filter(None, itertools.chain(*checks)), None)
 
 
 def _find_header_fault(manifest: Manifest) -> str | None:
@@ -136,26 +140,27 @@ def _find_spec_fault(name: str, spec: TensorSpec) -> str | None:
     itemsize_bytes(spec.dtype)
     if name != spec.name:
         return f"tensor {spec.name!r} is filed under {name!r}"
-    return f"tensor {name!r} has shape {spec.shape}" if any(n < 0 for n in spec.shape) else None
+    return f"tensor {name!r} has shape {spec.shape}" if min(spec.shape, default=0) < 0 else None
 
 
 def _find_shard_fault(manifest: Manifest, shard: Shard) -> str | None:
     spec, window = manifest.tensors.get(shard.tensor), manifest.windows.get(shard.window)
     if spec is None or window is None:
         return f"a shard of {shard.tensor!r} in window {shard.window!r} names one that is not described"
-    if not len(shard.stride_bytes) == len(shard.region.start) == len(spec.shape):
-        return f"{shard.tensor}{shard.region} and its strides must have {len(spec.shape)} dims"
-    if any(stop > n for stop, n in zip(shard.region.stop, spec.shape, strict=True)):
-        return f"{shard.tensor}{shard.region} lies outside of its shape {spec.shape}"
+    stop, shape = shard.region.stop, spec.shape
+    if not len(shard.stride_bytes) == len(stop) == len(shape):
+        return f"{shard.tensor}{shard.region} and its strides must have {len(shape)} dims"
+    if any(map(operator.gt, stop, shape)):
+        return f"{shard.tensor}{shard.region} lies outside of its shape {shape}"
     return _find_memory_fault(shard, window)
 
 
 def _find_memory_fault(shard: Shard, window: Window) -> str | None:
-    itemsize = itemsize_bytes(shard.dtype)
-    if shard.offset_bytes < 0 or any(stride < 0 for stride in shard.stride_bytes):
+    itemsize, offset, strides = itemsize_bytes(shard.dtype), shard.offset_bytes, shard.stride_bytes
+    if min(strides, default=0) < 0 or offset < 0:
         return f"{shard.tensor}{shard.region} has a negative offset or stride"
-    if shard.offset_bytes % itemsize or any(stride % itemsize for stride in shard.stride_bytes):
+    if math.gcd(itemsize, offset, *strides) != itemsize:
         return f"{shard.tensor}{shard.region} is not aligned to its {itemsize}-byte elements"
-    if shard.offset_bytes + span_nbytes(shard.region.shape, shard.stride_bytes, itemsize) > window.nbytes:
+    if offset + span_nbytes(shard.region.shape, strides, itemsize) > window.nbytes:
         return f"{shard.tensor}{shard.region} reaches beyond the {window.nbytes} bytes of {window.name!r}"
     return None

@@ -6,16 +6,17 @@ order the trainers come.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rdt_core.collection import paused_collection
 from rdt_core.coverage import find_uncovered
 from rdt_core.dtypes import is_convertible, itemsize_bytes
 from rdt_core.errors import CoverageError, DtypeError, ShapeError, UnknownTensorError
 from rdt_core.layout import offset_of
 from rdt_core.lowering import lower_pieces
 from rdt_core.read_method import Piece, ReadCost
-from rdt_core.region import Region
 from rdt_core.replicas import Option, choose_replicas
 from rdt_core.sources import SourceIndex
 
@@ -51,6 +52,7 @@ def build_plan(engine: Manifest, trainers: Sequence[Manifest], *, cost: ReadCost
     return build_plan_from(engine, SourceIndex(trainers), cost=cost)
 
 
+@paused_collection()
 def build_plan_from(engine: Manifest, sources: SourceIndex, *, cost: ReadCost | None = None) -> Plan:
     """Like :func:`build_plan`, for callers who plan many engine ranks against one set of trainers."""
     needs = [need for shard in engine.shards for need in _find_needs(engine, shard, sources)]
@@ -112,6 +114,6 @@ def _find_holdings(engine: Manifest, target: Shard, sources: SourceIndex) -> Ten
     if spec is not None and spec.shape != holdings.shape:
         raise ShapeError(target.tensor, engine.rank, str(spec.shape), str(holdings.shape))
     region = target.region
-    if len(region.start) != len(holdings.shape) or not Region.whole(holdings.shape).contains(region):
+    if len(region.start) != len(holdings.shape) or any(map(operator.gt, region.stop, holdings.shape)):
         raise ShapeError(target.tensor, engine.rank, f"needed as {region}", f"a region of {holdings.shape}")
     return holdings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from dataclasses import dataclass
@@ -27,10 +28,10 @@ class Region:
         if any(map(operator.gt, self.start, self.stop)) or min(self.start, default=0) < 0:
             raise ValueError(f"need 0 <= start <= stop in every dim, got {self.start} and {self.stop}")
 
-    @classmethod
-    def whole(cls, shape: Sequence[int]) -> Region:
-        """The region that holds every element of a tensor of ``shape``."""
-        return cls((0,) * len(shape), tuple(shape))
+    @staticmethod
+    def whole(shape: Sequence[int]) -> Region:
+        """The region that holds every element of a tensor of ``shape``; one object for equal shapes."""
+        return _whole(tuple(shape))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,7 +41,7 @@ class Region:
     @property
     def num_elements(self) -> int:
         """How many elements the box holds; 1 for a zero-dimensional tensor."""
-        return math.prod(self.shape)
+        return math.prod(map(operator.sub, self.stop, self.start))
 
     def intersect(self, other: Region) -> Region | None:
         """The region held by both, or None when they do not meet."""
@@ -50,14 +51,22 @@ class Region:
         stop = tuple(map(min, self.stop, other.stop))
         if any(map(operator.ge, start, stop)):
             return None
+        # Mostly one region holds the other, and records are shared rather than made anew.
+        if start == self.start and stop == self.stop:
+            return self
         return Region(start, stop)
 
     def contains(self, other: Region) -> bool:
         """Whether every element of ``other`` lies in this region."""
-        return all(
-            a <= c and d <= b
-            for a, b, c, d in zip(self.start, self.stop, other.start, other.stop, strict=True)
-        )
+        if len(self.start) != len(other.start):
+            raise ValueError(f"{self} and {other} differ in length")
+        return all(map(operator.le, self.start, other.start)) and all(map(operator.le, other.stop, self.stop))
 
     def __str__(self) -> str:
         return "[" + ", ".join(f"{a}:{b}" for a, b in zip(self.start, self.stop, strict=True)) + "]"
+
+
+@functools.lru_cache(maxsize=4096)
+def _whole(shape: tuple[int, ...]) -> Region:
+    """Made once: a model of very many tensors has few shapes."""
+    return Region((0,) * len(shape), shape)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rdt_core.collection import paused_collection
 from rdt_core.coverage import find_overlap, widest_axis
 from rdt_core.errors import OverlapError, PlanError, ShapeError
 from rdt_core.region import Region
@@ -70,6 +72,8 @@ class TensorHoldings:
                 yield part, self._holders[index]
 
     def _refuse_overlap(self, tensor: str) -> None:
+        if all(map(operator.le, self._reach, self._starts[1:])):
+            return  # each begins where those before it have ended
         found = find_overlap(self._regions)
         if found is not None:
             first, second = sorted(found)
@@ -95,6 +99,7 @@ class SourceIndex:
         PlanError: two manifests claim one rank.
     """
 
+    @paused_collection()
     def __init__(self, trainers: Sequence[Manifest]) -> None:
         self._trainers = sorted(trainers, key=lambda manifest: manifest.rank)
         for one, other in itertools.pairwise(self._trainers):

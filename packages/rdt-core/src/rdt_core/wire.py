@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgpack
 
+from rdt_core.collection import paused_collection
 from rdt_core.errors import WireFormatError
 from rdt_core.manifest import Manifest, Shard, TensorSpec, Window, find_fault
 from rdt_core.region import Region
@@ -30,8 +31,10 @@ MAX_NAME_NBYTES = 4096
 MAX_INT = 2**63 - 1
 
 _SHARD_HEADER = 4  # tensor, window, dtype, offset; then start, stop and stride of every dim
+_MAX_SHARD_INTS = _SHARD_HEADER + 3 * MAX_DIMS
 
 
+@paused_collection()
 def manifest_to_bytes(manifest: Manifest) -> bytes:
     """The manifest's canonical bytes. Called at attach and connect, on every rank of either side.
 
@@ -45,7 +48,7 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
         raise WireFormatError("manifest", fault)
     packer = msgpack.Packer()
     try:
-        data = b"".join(packer.pack(_check_limits(value)) for value in _values_of(manifest))
+        data = b"".join([packer.pack(_check_limits(value)) for value in _values_of(manifest)])
     except UnicodeEncodeError as error:
         raise WireFormatError("manifest", f"a name is not valid text ({error})") from None
     if len(data) > MAX_MANIFEST_NBYTES:
@@ -53,6 +56,7 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
     return data
 
 
+@paused_collection()
 def manifest_from_bytes(data: bytes) -> Manifest:
     """The manifest that :func:`manifest_to_bytes` wrote, checked throughout. Safe on bytes from anyone.
 
@@ -80,12 +84,13 @@ def manifest_digest(manifest: Manifest) -> str:
 
 def _check_limits(value: str | int | tuple[int, ...]) -> str | int | tuple[int, ...]:
     """The value, if the reader will take it."""
-    if isinstance(value, str):
-        fits = len(value.encode()) <= MAX_NAME_NBYTES
-    elif isinstance(value, int):
-        fits = value <= MAX_INT
+    if isinstance(value, tuple):
+        fits = max(value) <= MAX_INT and len(value) <= _MAX_SHARD_INTS
+    elif isinstance(value, str):
+        # No character takes more than four bytes.
+        fits = len(value) <= MAX_NAME_NBYTES // 4 or len(value.encode()) <= MAX_NAME_NBYTES
     else:
-        fits = len(value) <= _SHARD_HEADER + 3 * MAX_DIMS and max(value) <= MAX_INT
+        fits = value <= MAX_INT
     if not fits:
         raise WireFormatError("manifest", f"{str(value)[:100]!r} exceeds the format's limits")
     return value
@@ -118,8 +123,15 @@ def _values_of(manifest: Manifest) -> Iterator[str | int | tuple[int, ...]]:
         yield (dtype_at[manifest.tensors[name].dtype], *manifest.tensors[name].shape)
     yield len(manifest.shards)
     for shard in manifest.shards:
-        where = (tensor_at[shard.tensor], window_at[shard.window], dtype_at[shard.dtype], shard.offset_bytes)
-        yield (*where, *shard.region.start, *shard.region.stop, *shard.stride_bytes)
+        yield (
+            tensor_at[shard.tensor],
+            window_at[shard.window],
+            dtype_at[shard.dtype],
+            shard.offset_bytes,
+            *shard.region.start,
+            *shard.region.stop,
+            *shard.stride_bytes,
+        )
 
 
 class _Reader:
@@ -130,7 +142,7 @@ class _Reader:
         self._unpacker = msgpack.Unpacker(
             max_buffer_size=max(len(data), 1),
             max_str_len=MAX_NAME_NBYTES,
-            max_array_len=_SHARD_HEADER + 3 * MAX_DIMS,
+            max_array_len=_MAX_SHARD_INTS,
             max_bin_len=0,
             max_map_len=0,
             max_ext_len=0,

@@ -13,7 +13,7 @@ from rdt_megatron.peft_names import AdapterNames
 from rdt_megatron.world import rank_and_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import torch.distributed as dist
     from torch import nn
@@ -45,16 +45,19 @@ def adapter_shards(
             checkpoint does not hold, or memory cannot be described (see ``fsdp_shards``).
     """
     rank, world_size = rank_and_size(process_group)
-    reshard(model)
-    names = AdapterNames(model, adapter, rank)
+    modules = dict(model.named_modules())
+    reshard(modules)
+    names = AdapterNames(modules, adapter, rank)
     with torch.no_grad():
-        parts = list(_parts_of_adapter(model, names, rank))
+        parts = list(_parts_of_adapter(model, modules, names, rank))
         return shards_of_parts(parts, rank, world_size, names=lambda name: names.in_checkpoint(name) or name)
 
 
-def _parts_of_adapter(model: nn.Module, names: AdapterNames, rank: int) -> Iterator[Part]:
+def _parts_of_adapter(
+    model: nn.Module, modules: Mapping[str, nn.Module], names: AdapterNames, rank: int
+) -> Iterator[Part]:
     trained = {strip_wrappers(name) for name, p in model.named_parameters() if p.requires_grad}
-    for part in parts_of(model, rank):
+    for part in parts_of(modules, rank):
         if names.in_checkpoint(part.name) is not None:
             yield part
         elif part.name in trained and not names.holds(part.name):

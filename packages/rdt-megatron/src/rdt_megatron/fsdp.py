@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from rdt_core.collection import paused_collection
 from rdt_core.errors import UnsupportedLayoutError
 from rdt_core.local_shards import LocalShard, LocalShards
 from rdt_core.region import Region
@@ -21,7 +22,7 @@ from rdt_megatron.readable import check_readable
 from rdt_megatron.world import rank_and_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import torch.distributed as dist
 
@@ -84,11 +85,12 @@ def fsdp_shards(
             engine could read it; or PEFT has added adapters (see ``merged_shards`` and ``adapter_shards``).
     """
     rank, world_size = rank_and_size(process_group)
-    _refuse_adapted(model, rank)
-    reshard(model)
-    with torch.no_grad():
+    with torch.no_grad(), paused_collection():
+        modules = dict(model.named_modules())
+        _refuse_adapted(modules, rank)
+        reshard(modules)
         return shards_of_parts(
-            parts_of(model, rank), rank, world_size, names=names, model_type=model_type_of(model)
+            parts_of(modules, rank), rank, world_size, names=names, model_type=model_type_of(modules)
         )
 
 
@@ -104,8 +106,9 @@ def shards_of_parts(
     shards: list[LocalShard] = []
     sources: list[tuple[Callable[[], torch.Tensor], int]] = []
     for part in parts:
-        found = list(shards_of(part, names, model_type, rank))
-        base = part.find().data_ptr()
+        data = part.find().detach()
+        found = shards_of(part, data, names, model_type, rank)
+        base = data.data_ptr()
         shards += found
         sources += [(part.find, shard.data.data_ptr() - base) for shard in found]
     return LocalShards(
@@ -113,8 +116,8 @@ def shards_of_parts(
     )
 
 
-def _refuse_adapted(model: nn.Module, rank: int) -> None:
-    name, module = next(adapted_modules(model), (None, None))
+def _refuse_adapted(modules: Mapping[str, nn.Module], rank: int) -> None:
+    name, module = next(adapted_modules(modules), (None, None))
     if name is not None:
         raise UnsupportedLayoutError(
             name,
@@ -126,51 +129,52 @@ def _refuse_adapted(model: nn.Module, rank: int) -> None:
         )
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(modules: Mapping[str, nn.Module]) -> None:
     """Put every FSDP2 group's sharded parameters back on its modules. No collective."""
-    for module in model.modules():
+    for module in modules.values():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def model_type_of(model: nn.Module) -> str | None:
+def model_type_of(modules: Mapping[str, nn.Module]) -> str | None:
     """``config.model_type`` of a transformers model, wrapped or not."""
-    for module in model.modules():
-        found = getattr(getattr(module, "config", None), "model_type", None)
+    for module in modules.values():
+        found = getattr(vars(module).get("config"), "model_type", None)
         if isinstance(found, str):
             return found
     return None
 
 
-def parts_of(model: nn.Module, rank: int) -> Iterator[Part]:
-    """Every box that this rank holds of a parameter; tied parameters once."""
-    flat = FlatShards(model, rank)
+def parts_of(modules: Mapping[str, nn.Module], rank: int) -> Iterator[Part]:
+    """Every box that this rank holds of a parameter of these modules, by name; tied parameters once."""
+    flat = FlatShards(modules, rank)
     for part in flat.parts():
         check_readable(part.find(), part.name, rank)
         yield part
     seen: set[int] = set()
-    for prefix, module in model.named_modules():
+    for prefix, module in modules.items():
         for attribute, tensor in module._parameters.items():  # noqa: SLF001  named_parameters takes 10 times longer
             if tensor is None or id(tensor) in seen or flat.owns(module, attribute, tensor):
                 continue
             seen.add(id(tensor))
             name = strip_wrappers(f"{prefix}.{attribute}" if prefix else attribute)
-            region = _region_of(tensor, name, rank)
+            shape = tuple(tensor.shape)
+            region = _region_of(tensor, shape, name, rank)
             if region.num_elements:
                 _check_place(tensor, name, rank)
                 check_readable(_local(tensor), name, rank)
-                yield Part(name, tuple(tensor.shape), region, _Finder(module, attribute, tensor))
+                yield Part(name, shape, region, _Finder(module, attribute, tensor))
 
 
-def _region_of(tensor: torch.Tensor, name: str, rank: int) -> Region:
+def _region_of(tensor: torch.Tensor, shape: tuple[int, ...], name: str, rank: int) -> Region:
     if not isinstance(tensor, DTensor):
-        return Region.whole(tensor.shape)
+        return Region.whole(shape)
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return Region((0,) * tensor.dim(), (0,) * tensor.dim())
     try:
-        region = held_region(tuple(tensor.shape), mesh.shape, coordinate, tensor.placements)
+        region = held_region(shape, mesh.shape, coordinate, tensor.placements)
     except NotOneBoxError as error:
         raise UnsupportedLayoutError(
             name,

@@ -21,7 +21,7 @@ from rdt_megatron.names import strip_wrappers
 from rdt_megatron.part import Part
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import torch
     from torch import nn
@@ -31,22 +31,24 @@ class FlatShards:
     """Every flat parameter of a model that FSDP1 wraps; empty when none is.
 
     Args:
-        model: wrapped anywhere.
+        modules: all of them, by name; FSDP1 wraps some or none.
         rank: global trainer rank, for errors.
 
     Raises:
         UnsupportedLayoutError: parameters are offloaded to the CPU.
     """
 
-    def __init__(self, model: nn.Module, rank: int) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], rank: int) -> None:
         self._flats = [
             (strip_wrappers(prefix), _flat_of(module, prefix, rank))
-            for prefix, module in model.named_modules()
+            for prefix, module in modules.items()
             if isinstance(module, FullyShardedDataParallel) and module._handle is not None
         ]
 
     def owns(self, module: nn.Module, attribute: str, tensor: torch.Tensor) -> bool:
         """Whether a module's parameter is a flat one, or lives in one."""
+        if not self._flats:
+            return False
         return isinstance(tensor, FlatParameter) or (id(module), attribute) in self._owned
 
     @functools.cached_property

@@ -46,19 +46,15 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One checkpoint tensor inside of a parameter.
+    """One checkpoint tensor inside of a fused parameter, which has a leading dim more.
 
     Args:
         name: checkpoint name.
         region: where it lies in the parameter.
-        drops_leading_dim: whether the checkpoint tensor lacks the parameter's first dim.
-        is_whole: whether it is the parameter as it is.
     """
 
     name: str
     region: Region
-    drops_leading_dim: bool = False
-    is_whole: bool = False
 
 
 class UnknownFamilyError(ValueError):
@@ -73,6 +69,7 @@ _W1_W3_W2 = (
     FusedExperts(".experts.gate_up_proj", (".experts.{}.w1.weight", ".experts.{}.w3.weight")),
     FusedExperts(".experts.down_proj", (".experts.{}.w2.weight",)),
 )
+_AS_IN_MEMORY = Family()
 _PER_EXPERT = Family(_GATE_UP_DOWN)
 
 # Absent on purpose: types whose checkpoint also holds buffers that training changes (the router's
@@ -86,26 +83,40 @@ FAMILIES: Mapping[str, Family] = {
 _LOOKS_FUSED = re.compile(r"\.experts\.[a-z0-9_]+$")
 
 
-def split_parameter(name: str, shape: tuple[int, ...], model_type: str | None) -> Iterator[Piece]:
-    """The checkpoint tensors that one parameter holds, in order.
+def name_unfused(name: str, model_type: str | None) -> str | None:
+    """What the checkpoint calls a parameter that it holds as it is in memory; None for a fused one.
 
     Args:
         name: of the parameter in the bare model.
-        shape: its GLOBAL shape, in elements.
         model_type: ``model.config.model_type``; None for a model that is not from transformers, whose names
             are taken as they are.
 
     Raises:
         UnknownFamilyError: the parameter looks fused and the table has no rule for it.
     """
-    family = FAMILIES.get(model_type or "", Family())
-    fused = next((rule for rule in family.fused if name.endswith(rule.parameter)), None)
+    if model_type is None:
+        return name
+    family = FAMILIES.get(model_type, _AS_IN_MEMORY)
+    if _find_fused(name, family) is not None:
+        return None
+    if _LOOKS_FUSED.search(name):
+        raise UnknownFamilyError(
+            f"the parameter holds several experts and model type {model_type!r} has no rule for it"
+        )
+    return _rename(name, family)
+
+
+def split_fused(name: str, shape: tuple[int, ...], model_type: str | None) -> Iterator[Piece]:
+    """The checkpoint tensors that one fused parameter holds, in order; none for one that is not.
+
+    Args:
+        name: of the parameter in the bare model.
+        shape: its GLOBAL shape, in elements.
+        model_type: see :func:`name_unfused`.
+    """
+    family = FAMILIES.get(model_type or "", _AS_IN_MEMORY)
+    fused = _find_fused(name, family)
     if fused is None:
-        if model_type is not None and _LOOKS_FUSED.search(name):
-            raise UnknownFamilyError(
-                f"the parameter holds several experts and model type {model_type!r} has no rule for it"
-            )
-        yield Piece(_rename(name, family), Region.whole(shape), is_whole=True)
         return
     prefix = name.removesuffix(fused.parameter)
     num_experts, rows, columns = shape
@@ -113,7 +124,11 @@ def split_parameter(name: str, shape: tuple[int, ...], model_type: str | None) -
     for expert in range(num_experts):
         for index, template in enumerate(fused.into):
             region = Region((expert, index * part_rows, 0), (expert + 1, (index + 1) * part_rows, columns))
-            yield Piece(_rename(prefix + template.format(expert), family), region, drops_leading_dim=True)
+            yield Piece(_rename(prefix + template.format(expert), family), region)
+
+
+def _find_fused(name: str, family: Family) -> FusedExperts | None:
+    return next((rule for rule in family.fused if name.endswith(rule.parameter)), None)
 
 
 def _rename(name: str, family: Family) -> str:

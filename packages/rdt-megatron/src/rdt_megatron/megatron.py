@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from rdt_core.collection import paused_collection
 from rdt_core.errors import UnsupportedLayoutError
 from rdt_core.local_shards import LocalShard, LocalShards
 from rdt_core.manifest import TensorSpec
@@ -68,7 +69,7 @@ def megatron_shards(
     exporter = _Exporter(family, hf_config, skip, rank)
     shards: list[LocalShard] = []
     sources: list[tuple[Held, int]] = []
-    with torch.no_grad():
+    with torch.no_grad(), paused_collection():
         for chunk in map(unwrap, chunks):
             settle_expert_bias(chunk)
             for held, address, found in exporter.describe(chunk):

@@ -79,24 +79,25 @@ def merged_shards(
             bias); FSDP1 has flattened it; or memory cannot be described (see ``fsdp_shards``).
     """
     rank, world_size = rank_and_size(process_group)
-    reshard(model)
-    known = AdapterNames(model, adapter, rank)
-    layers = dict(_adapted_layers(model, adapter, rank))
+    modules = dict(model.named_modules())
+    reshard(modules)
+    known = AdapterNames(modules, adapter, rank)
+    layers = dict(_adapted_layers(modules, adapter, rank))
     with torch.no_grad():
-        held = {part.name: part for part in parts_of(model, rank)}
+        held = {part.name: part for part in parts_of(modules, rank)}
         adapted = [_Adapted(name, layer, _copy_of(held.get(name))) for name, layer in layers.items()]
         copies = {one.name: one.copy for one in adapted if one.copy is not None}
         parts = [_part_of(part, name, copies) for part, name in _renamed(held.values(), known)]
-        local = shards_of_parts(parts, rank, world_size, names=names, model_type=model_type_of(model))
+        local = shards_of_parts(parts, rank, world_size, names=names, model_type=model_type_of(modules))
     return dataclasses.replace(
         local,
-        refresh=functools.partial(_refresh, model, adapted, adapter, rank),
+        refresh=functools.partial(_refresh, modules, adapted, adapter, rank),
         copied_bytes=sum(copy.numel() * copy.element_size() for copy in copies.values()),
     )
 
 
-def _refresh(model: nn.Module, adapted: Sequence[_Adapted], adapter: str, rank: int) -> None:
-    reshard(model)
+def _refresh(modules: Mapping[str, nn.Module], adapted: Sequence[_Adapted], adapter: str, rank: int) -> None:
+    reshard(modules)
     with torch.no_grad():
         for one in adapted:
             one.refresh(adapter, rank)
@@ -118,11 +119,11 @@ def _copy_of(part: Part | None) -> torch.Tensor | None:
     return None if part is None else torch.empty_like(part.find(), memory_format=torch.contiguous_format)
 
 
-def _adapted_layers(model: nn.Module, adapter: str, rank: int) -> Iterator[tuple[str, Any]]:
+def _adapted_layers(modules: Mapping[str, nn.Module], adapter: str, rank: int) -> Iterator[tuple[str, Any]]:
     """The layers that the adapter changes, by the name of the weight that it changes there."""
-    for name, layer in adapted_modules(model):
+    for name, layer in adapted_modules(modules):
         if any(adapter in getattr(layer, kind, ()) for kind in ("lora_A", "lora_embedding_A")):
-            reason = _objection(model, layer, adapter)
+            reason = _objection(modules, layer, adapter)
             if reason is not None:
                 raise UnsupportedLayoutError(
                     name, rank, reason, "Use adapter_shards(model) for the adapter alone."
@@ -130,9 +131,9 @@ def _adapted_layers(model: nn.Module, adapter: str, rank: int) -> Iterator[tuple
             yield f"{name}.base_layer.weight", layer
 
 
-def _objection(model: nn.Module, layer: Any, adapter: str) -> str | None:
+def _objection(modules: Mapping[str, nn.Module], layer: Any, adapter: str) -> str | None:
     """Why the sum is not base weight plus product, in words; None when it is."""
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    if any(isinstance(module, FullyShardedDataParallel) for module in modules.values()):
         return "FullyShardedDataParallel cuts its factors anywhere, so that no rank can multiply them"
     if adapter in layer.lora_variant:
         return f"the adapter is a {type(layer.lora_variant[adapter]).__name__}"

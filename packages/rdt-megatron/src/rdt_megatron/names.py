@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 # Each wrapper keeps the wrapped module under one attribute, which shows up in every name below it.
 # "module" is left by DistributedDataParallel and Megatron's wrappers, at the front only; the others
 # may stand anywhere, since torch.compile and activation checkpointing are applied layer by layer.
 _ANYWHERE = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+_WRAPPED = re.compile("|".join(sorted(_ANYWHERE)))
 _IN_FRONT = "module."
 
 
@@ -15,7 +18,9 @@ def strip_wrappers(name: str) -> str:
     >>> strip_wrappers("module._orig_mod.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight")
     'layers.0.mlp.up_proj.weight'
     """
-    bare = ".".join(part for part in name.split(".") if part not in _ANYWHERE)
+    bare = name
+    if _WRAPPED.search(name):
+        bare = ".".join(part for part in name.split(".") if part not in _ANYWHERE)
     while bare.startswith(_IN_FRONT):
         bare = bare.removeprefix(_IN_FRONT)
     return bare

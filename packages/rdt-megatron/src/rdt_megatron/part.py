@@ -10,10 +10,10 @@ from rdt_core.errors import UnsupportedLayoutError
 from rdt_core.local_shards import LocalShard
 from rdt_core.manifest import TensorSpec
 from rdt_core.region import Region
-from rdt_megatron.hf_names import UnknownFamilyError, split_parameter
+from rdt_megatron.hf_names import UnknownFamilyError, name_unfused, split_fused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     import torch
 
@@ -38,12 +38,17 @@ class Part:
 
 
 def shards_of(
-    part: Part, names: Callable[[str], str] | None, model_type: str | None, rank: int
-) -> Iterator[LocalShard]:
+    part: Part,
+    data: torch.Tensor,
+    names: Callable[[str], str] | None,
+    model_type: str | None,
+    rank: int,
+) -> list[LocalShard]:
     """The checkpoint tensors of which a part holds something.
 
     Args:
         part: what this rank holds.
+        data: its memory, found and detached.
         names: from a parameter's name to its checkpoint name, where they differ.
         model_type: ``config.model_type`` of a transformers model, which says how fused parameters are saved.
         rank: global trainer rank, for errors.
@@ -52,39 +57,31 @@ def shards_of(
         UnsupportedLayoutError: a fused parameter of a model type without a rule.
     """
     name = names(part.name) if names else part.name
-    data = part.find().detach()
     try:
-        for piece in split_parameter(name, part.shape, model_type):
-            shard = _shard_of(part, data, piece)
-            if shard is not None:
-                yield shard
+        whole = name_unfused(name, model_type)
     except UnknownFamilyError as error:
         raise UnsupportedLayoutError(
             part.name, rank, str(error), "Add one to rdt_megatron.hf_names.FAMILIES."
         ) from error
+    if whole is not None:
+        spec = TensorSpec(whole, part.shape, dtype_name(data.dtype))
+        return [LocalShard(spec=spec, region=part.region, data=data, owner=part.name)]
+    pieces = split_fused(name, part.shape, model_type)
+    return [shard for piece in pieces if (shard := _shard_of(part, data, piece)) is not None]
 
 
 def _shard_of(part: Part, data: torch.Tensor, piece: Piece) -> LocalShard | None:
-    if piece.is_whole:
-        return LocalShard(
-            spec=TensorSpec(piece.name, part.shape, dtype_name(data.dtype)),
-            region=part.region,
-            data=data,
-            owner=part.name,
-        )
     held = part.region.intersect(piece.region)
     if held is None:
         return None
     if held != part.region:
         for dim, size in enumerate(held.shape):
             data = data.narrow(dim, held.start[dim] - part.region.start[dim], size)
-    region, shape = _relative(held, piece.region), piece.region.shape
-    if piece.drops_leading_dim:
-        data, region, shape = data[0], Region(region.start[1:], region.stop[1:]), shape[1:]
+    region = _relative(held, piece.region)
     return LocalShard(
-        spec=TensorSpec(piece.name, shape, dtype_name(data.dtype)),
-        region=region,
-        data=data,
+        spec=TensorSpec(piece.name, piece.region.shape[1:], dtype_name(data.dtype)),
+        region=Region(region.start[1:], region.stop[1:]),
+        data=data[0],
         owner=part.name,
     )
 

@@ -26,9 +26,9 @@ _BASE = "base_layer"
 _IN_FRONT = "base_model.model."  # of a PeftModel over a LoraModel
 
 
-def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def adapted_modules(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
     """Every module that PEFT put in place of one, with its name without wrappers."""
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if hasattr(type(module), "adapter_layer_names"):
             yield strip_wrappers(name), module
 
@@ -37,7 +37,7 @@ class AdapterNames:
     """Knows the parameters of one LoRA adapter by name.
 
     Args:
-        model: a PeftModel, wrapped or not.
+        modules: of a PeftModel, wrapped or not, by name.
         adapter: the adapter's name in it.
         rank: global trainer rank, for errors.
 
@@ -45,12 +45,12 @@ class AdapterNames:
         UnsupportedLayoutError: there is no such adapter, or it is not LoRA.
     """
 
-    def __init__(self, model: nn.Module, adapter: str, rank: int) -> None:
-        _check_config(model, adapter, rank)
+    def __init__(self, modules: Mapping[str, nn.Module], adapter: str, rank: int) -> None:
+        _check_config(modules, adapter, rank)
         self._checkpoint: dict[str, str] = {}
         self._saved: dict[str, str] = {}
         self._containers: set[str] = set()
-        for name, module in adapted_modules(model):
+        for name, module in adapted_modules(modules):
             for container in module.adapter_layer_names:
                 self._add(name, container, adapter)
 
@@ -98,8 +98,8 @@ def _replace_front(name: str, known: Mapping[str, str]) -> str | None:
     return None
 
 
-def _check_config(model: nn.Module, adapter: str, rank: int) -> None:
-    configs = next((found for module in model.modules() if (found := _configs_of(module))), {})
+def _check_config(modules: Mapping[str, nn.Module], adapter: str, rank: int) -> None:
+    configs = next((found for module in modules.values() if (found := _configs_of(module))), {})
     config = configs.get(adapter)
     if config is None:
         reason = f"the model has no adapter of that name, but {', '.join(sorted(configs)) or 'none at all'}"
