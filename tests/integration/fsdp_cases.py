@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from rdt_megatron import fsdp_shards
 from tests.integration.sharded_net import (
@@ -160,6 +161,29 @@ def refuses_integers() -> list[Any]:
     model = make_net()
     model.codes = nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)
     return refusal_of(shard_fully(model, model.blocks))
+
+
+def refuses_eight_bit_floats() -> list[Any]:
+    model = make_net()
+    model.scaled = nn.Parameter(torch.zeros(4).to(torch.float8_e4m3fn), requires_grad=False)
+    return refusal_of(model)
+
+
+def refuses_released_memory() -> list[Any]:
+    model = make_net()
+    model.blocks[0].up.weight.untyped_storage().resize_(0)
+    return refusal_of(model)
+
+
+def refuses_offloaded_shards() -> list[Any]:
+    """What CPUOffloadPolicy leaves between steps: a shard in the host's memory, of a mesh of GPUs."""
+    mesh = DeviceMesh("cuda", [0, 1], _init_backend=False, _rank=dist.get_rank())
+    model = nn.Linear(4, 4)
+    spec = DTensorSpec(mesh, (Shard(0),), TensorMeta(torch.Size((8, 4)), (4, 1), torch.float32))
+    make: Any = DTensor  # which torch does not annotate
+    shard = make(torch.zeros(4, 4), spec, requires_grad=False)
+    model.offloaded = nn.Parameter(shard, requires_grad=False)
+    return refusal_of(model)
 
 
 def refuses_separate_runs() -> list[Any]:

@@ -132,6 +132,9 @@ def test_names_are_mapped_by_the_given_function(two: RankWorld) -> None:
         ("refuses_meta", "scale", "meta device"),
         ("refuses_integers", "codes", "torch.int8"),
         ("refuses_separate_runs", "rows", "separate runs"),
+        ("refuses_eight_bit_floats", "scaled", "float8_e4m3fn"),
+        ("refuses_released_memory", "blocks.0.up.weight", "has been released"),
+        ("refuses_offloaded_shards", "offloaded", "offloaded to cpu from a mesh of cuda"),
         ("flat_cases.refuses_offloaded_flat_parameters", "the model", "offloads it to the CPU"),
     ],
 )

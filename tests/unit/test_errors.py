@@ -27,7 +27,7 @@ EXAMPLES: dict[str, tuple[object, ...]] = {
     "WireFormatError": ("manifest", "it ends early"),
     "UnsupportedLayoutError": ("model.norm.weight", 3, "it is quantized", "Export before quantizing."),
     "PlanError": ("two manifests claim rank 1",),
-    "CoverageError": ("model.norm.weight", "[0:4]", 2),
+    "CoverageError": ("model.norm.weight", "[0:4]", 2, (1, 3)),
     "OverlapError": ("model.norm.weight", "[0:4]", 0, "[2:6]", 1),
     "DtypeError": ("model.norm.weight", "[0:4]", "int8", "bfloat16", 3),
     "UnknownTensorError": ("model.norm.weight", 5),

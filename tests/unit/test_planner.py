@@ -104,6 +104,21 @@ def test_a_gap_is_named_by_its_box_and_not_by_the_whole_tensor() -> None:
     assert (caught.value.needed, caught.value.engine_rank) == ("[4:8, 5:8]", 3)
 
 
+def test_trainer_ranks_that_left_a_frozen_tower_out_are_named() -> None:
+    tower = "vision_tower.patch_embed.weight"
+    trainers = [
+        holding(box((0, 4)), shape=(16,), tensor=tower, rank=0),
+        around(shapes={}, rank=1),
+        holding(box((8, 16)), shape=(16,), tensor=tower, rank=2),
+        around(shapes={}, rank=3),
+    ]
+    with pytest.raises(
+        CoverageError, match=r"patch_embed.weight\[4:8\].* without any of it: 1, 3.*frozen"
+    ) as caught:
+        build_plan(engine_of(box((0, 16)), shape=(16,), tensor=tower), trainers)
+    assert caught.value.without == (1, 3)
+
+
 def test_a_tensor_that_no_trainer_rank_knows_is_named() -> None:
     engine = engine_of(box((0, 4)), shape=(4,), tensor="lm_head.weight", rank=2)
     with pytest.raises(UnknownTensorError) as caught:

@@ -380,7 +380,7 @@ def _price(
         choices = choose_links(_reader(request, engine_rank, device), trainers)
     except TransportUnavailableError:
         return ReadCost(arenas=arenas)  # a link that is needed fails when it is opened
-    return cost_over([choice.transport for choice in choices.values()], arenas)
+    return cost_over({rank: choice.transport for rank, choice in choices.items()}, arenas)
 
 
 def _reader(request: ConnectRequest, engine_rank: int, device: torch.device) -> Reader:

@@ -77,12 +77,16 @@ class PlanError(RdtError):
 class CoverageError(PlanError):
     """Part of what an engine rank needs is held by no trainer rank."""
 
-    def __init__(self, tensor: str, needed: str, engine_rank: int) -> None:
-        self.tensor, self.needed, self.engine_rank = tensor, needed, engine_rank
+    def __init__(
+        self, tensor: str, needed: str, engine_rank: int, without: tuple[int, ...] | list[int] = ()
+    ) -> None:
+        self.tensor, self.needed, self.engine_rank, self.without = tensor, needed, engine_rank, tuple(without)
+        holders = f" Trainer ranks without any of it: {_some(self.without)}." if self.without else ""
         super().__init__(
-            f"no trainer rank holds {tensor}{needed}, which engine rank {engine_rank} needs. Check that "
-            f"every rank attached its shards, and that the exporter has a rule for {tensor!r}.",
-            (tensor, needed, engine_rank),
+            f"no trainer rank holds {tensor}{needed}, which engine rank {engine_rank} needs.{holders} "
+            "Check that every rank attached all of its parameters, frozen ones too, and that the exporter "
+            f"has a rule for {tensor!r}.",
+            (tensor, needed, engine_rank, self.without),
         )
 
 
@@ -190,6 +194,6 @@ class UnsupportedLoaderError(ModelMismatchError):
 _SHOWN = 3
 
 
-def _some(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:_SHOWN])
+def _some(names: tuple[object, ...]) -> str:
+    shown = ", ".join(map(str, names[:_SHOWN]))
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

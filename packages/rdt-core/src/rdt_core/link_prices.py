@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rdt_core.read_method import ReadCost
+from rdt_core.read_method import LinkPrice, ReadCost
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Mapping
 
-# (bytes a second, seconds a read). CUDA IPC: a row of a launch costs 2 ns on an H100 on top of its bytes
-# (benchmarks/copies.py); bytes at what NVLink gives between two GPUs, the slower case.
-_PRICES = {"cuda_ipc": (4e11, 2e-9)}
+# CUDA IPC: a row of a launch costs 2 ns on an H100 on top of its bytes (benchmarks/copies.py); bytes at what
+# NVLink gives between two GPUs, the slower case. The others have the general price.
+_PRICES = {"cuda_ipc": LinkPrice(bytes_per_s=4e11, per_read_s=2e-9)}
 
 
-def cost_over(transports: Collection[str], arenas: str) -> ReadCost:
-    """Prices for a plan whose links use these transports; the general ones unless all are of one kind.
+def cost_over(transports: Mapping[int, str], arenas: str) -> ReadCost:
+    """Prices for a plan, each trainer rank at that of the link that leads to it.
 
     Args:
-        transports: names, one or more.
+        transports: the chosen transport's name by trainer rank.
         arenas: see :class:`rdt_core.read_method.ReadCost`.
     """
-    kinds = set(transports)
-    prices = _PRICES.get(next(iter(kinds))) if len(kinds) == 1 else None
-    if prices is None:
-        return ReadCost(arenas=arenas)
-    return ReadCost(bytes_per_s=prices[0], per_read_s=prices[1], arenas=arenas)
+    known = {rank: _PRICES[name] for rank, name in transports.items() if name in _PRICES}
+    return replace(ReadCost(arenas=arenas), by_trainer=known)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from rdt_core.manifest import Manifest, Shard
     from rdt_core.plan import Plan
+    from rdt_core.region import Region
     from rdt_core.sources import Holder, TensorHoldings
 
 __all__ = ["ReadCost", "build_plan", "build_plan_from"]
@@ -98,7 +99,7 @@ def _find_needs(engine: Manifest, target: Shard, sources: SourceIndex) -> list[_
     # The regions of `holdings` are disjoint, so that sizes that add up prove coverage.
     if left:
         missing = find_uncovered(target.region, [need.region for need in needs])
-        raise CoverageError(target.tensor, str(missing), engine.rank)
+        raise CoverageError(target.tensor, str(missing), engine.rank, sources.ranks_without(target.tensor))
     return needs
 
 

@@ -30,6 +30,7 @@ from rdt_core.errors import (
     WindowMovedError,
     WireFormatError,
 )
+from rdt_core.expandable import refuse_expandable
 from rdt_core.exports import Exports
 from rdt_core.wire import manifest_to_bytes
 
@@ -65,6 +66,7 @@ class WeightPublisher:
     def __init__(self, client: CoordinatorClient, local: LocalShards) -> None:
         self._client = client
         self._local = local
+        refuse_expandable(local)
         self._described = describe_trainer(local)
         self._addresses = tuple(shard.data.data_ptr() for shard in local.shards)
         self._instance = uuid.uuid4().hex

@@ -7,7 +7,7 @@ publish, in the engine's order and, where that is narrower, in the engine's dtyp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rdt_core.dtypes import itemsize_bytes
@@ -15,7 +15,7 @@ from rdt_core.errors import ConfigError
 from rdt_core.layout import Cut, find_cuts, is_contiguous
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rdt_core.manifest import Shard
     from rdt_core.region import Region
@@ -31,6 +31,23 @@ _COPY_BYTES_PER_S = {"cpu": 1.6e10, "cuda": 2e12}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinkPrice:
+    """What reading over one link costs.
+
+    Args:
+        bytes_per_s: throughput.
+        per_read_s: what every read costs on top of its bytes, in seconds.
+    """
+
+    bytes_per_s: float
+    per_read_s: float
+
+    def price_s(self, cut: Cut) -> float:
+        """Seconds that reading all blocks of ``cut`` takes."""
+        return cut.num_blocks * self.per_read_s + cut.nbytes / self.bytes_per_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReadCost:
     """What reading costs, to decide how every piece is read.
 
@@ -40,6 +57,7 @@ class ReadCost:
         max_over_read: largest allowed ratio of bytes read to bytes needed; bounds the landing buffer.
         arenas: ``"auto"`` has trainer ranks lay out what is cheaper to read that way; ``"never"`` takes no
             memory of theirs, whatever the reads cost.
+        by_trainer: prices of the links to some trainer ranks, where they are known to differ.
 
     Raises:
         ConfigError: a value is not positive, ``max_over_read`` is below 1, or ``arenas`` is another word.
@@ -49,6 +67,7 @@ class ReadCost:
     per_read_s: float = 2e-6
     max_over_read: float = 8.0
     arenas: str = "auto"
+    by_trainer: Mapping[int, LinkPrice] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not (self.bytes_per_s > 0 and self.per_read_s >= 0 and self.max_over_read >= 1):
@@ -58,9 +77,10 @@ class ReadCost:
         if self.arenas not in ARENA_POLICIES:
             raise ConfigError(f"arenas={self.arenas!r} is not a policy. Use one of {ARENA_POLICIES}.")
 
-    def price_s(self, cut: Cut) -> float:
-        """Seconds that reading all blocks of ``cut`` takes."""
-        return cut.num_blocks * self.per_read_s + cut.nbytes / self.bytes_per_s
+    def of(self, trainer_rank: int) -> LinkPrice:
+        """The price of the link to one trainer rank."""
+        general = LinkPrice(bytes_per_s=self.bytes_per_s, per_read_s=self.per_read_s)
+        return self.by_trainer.get(trainer_rank, general)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +155,9 @@ def _choose_direct(piece: Piece, cost: ReadCost) -> Method:
     if len(cuts) == 1:
         return Method("direct", "contiguous", cuts[0], piece.source.dtype)
     most = cost.max_over_read * piece.nbytes
+    price = cost.of(piece.trainer_rank)
     allowed = [cut for cut in cuts if cut.nbytes <= most] or cuts[:1]
-    cut = min(allowed, key=lambda cut: (cost.price_s(cut), cut.num_blocks))
+    cut = min(allowed, key=lambda cut: (price.price_s(cut), cut.num_blocks))
     reason = f"{cut.num_blocks} reads of {cut.block_nbytes} bytes for {piece.nbytes}"
     return Method("span" if cut.num_blocks == 1 else "runs", reason, cut, piece.source.dtype)
 
@@ -170,8 +191,9 @@ def _prefer_arena(piece: Piece, found: Method, cost: ReadCost, whole: set[_Memor
     # What lies between the runs of a wholly needed shard is read for other pieces: the runs unite.
     if found.cut is None or not (is_narrowed or (found.is_strided and _memory_of(piece) not in whole)):
         return found
-    direct_s = cost.price_s(found.cut) + _commit_s(piece, piece.nbytes)
-    arena_s = _price_arena_s(piece, dtype, cost)
+    price = cost.of(piece.trainer_rank)
+    direct_s = price.price_s(found.cut) + _commit_s(piece, piece.nbytes)
+    arena_s = _price_arena_s(piece, dtype, price)
     if direct_s <= arena_s:
         return found
     reason = f"{arena_s * 1e3:.3g} ms by an arena of {dtype}, {direct_s * 1e3:.3g} ms as it lies"
@@ -184,11 +206,11 @@ def _arena_dtype(piece: Piece) -> str:
     return target if itemsize_bytes(target) < itemsize_bytes(source) else source
 
 
-def _price_arena_s(piece: Piece, dtype: str, cost: ReadCost) -> float:
+def _price_arena_s(piece: Piece, dtype: str, price: LinkPrice) -> float:
     """One item's copy costs what a read costs on top of its bytes; the arena itself is one read."""
     nbytes = piece.region.num_elements * itemsize_bytes(dtype)
     refresh_s = (piece.nbytes + nbytes) / _copy_bytes_per_s(piece.source_device)
-    return cost.per_read_s + nbytes / cost.bytes_per_s + refresh_s + _commit_s(piece, nbytes)
+    return price.per_read_s + nbytes / price.bytes_per_s + refresh_s + _commit_s(piece, nbytes)
 
 
 def _commit_s(piece: Piece, landed_nbytes: int) -> float:

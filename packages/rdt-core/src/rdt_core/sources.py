@@ -129,6 +129,11 @@ class SourceIndex:
             self._found[tensor] = None if shape is None else TensorHoldings(tensor, shape, holders)
         return self._found[tensor]
 
+    def ranks_without(self, tensor: str) -> tuple[int, ...]:
+        """Trainer ranks that hold nothing of a tensor."""
+        holding = {holder.trainer_rank for holder in self._shards.get(tensor, [])}
+        return tuple(manifest.rank for manifest in self._trainers if manifest.rank not in holding)
+
     def _shape_of(self, tensor: str) -> tuple[int, ...] | None:
         shape = None
         for manifest in self._trainers:

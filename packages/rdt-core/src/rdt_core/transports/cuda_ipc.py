@@ -284,8 +284,7 @@ def _share(views: Sequence[torch.Tensor]) -> tuple[list[bytes], list[tuple[int, 
         except CudaDriverError as error:
             raise TransportError(
                 f"memory of this trainer rank cannot be shared by CUDA IPC: {error}. Expandable segments "
-                "cannot: take expandable_segments:True out of PYTORCH_CUDA_ALLOC_CONF (PYTORCH_ALLOC_CONF), "
-                "or use transport='nixl'."
+                "cannot: take expandable_segments:True out of PYTORCH_CUDA_ALLOC_CONF (PYTORCH_ALLOC_CONF)."
             ) from error
         index = order.setdefault(base, len(order))
         rows.append((index, address - base, view.numel()))
