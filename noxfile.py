@@ -417,6 +417,27 @@ def bench(session: nox.Session) -> None:
     run_in(session, TORCH, "benchmarks/sync.py", *session.posargs, patience_s=30)
 
 
+@nox.session(requires=["env-torch"], python=TORCH_PYTHON, default=False)
+def fuzz(session: nox.Session) -> None:
+    """Feed 100,000 malformed manifests, plans and control messages, and half as many led by coverage.
+
+    Arguments after -- go to the first part: ``--inputs``, ``--seed``.
+    """
+    run_in(session, TORCH, "-m", "tests.fuzz.run", *session.posargs)
+    session.install("--no-deps", "-r", str(CONSTRAINTS / "fuzz.txt"))
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "packages" / "rdt-core" / "src")))
+    session.run("python", "-m", "tests.fuzz.guided", "--inputs", "50000", env={"PYTHONPATH": paths})
+
+
+@nox.session(venv_backend="none", requires=["env-torch"], default=False)
+def soak(session: nox.Session) -> None:
+    """Bring an engine through 1,000 versions and see that no process of the group grows.
+
+    Arguments after -- go to tests/soak/run.py: ``--versions``, ``--out``.
+    """
+    run_in(session, TORCH, "-m", "tests.soak.run", *session.posargs, patience_s=30)
+
+
 @nox.session
 def build(session: nox.Session) -> None:
     """Build the wheels and sdists, and install each package into an empty environment."""

@@ -74,7 +74,7 @@ def items_from_wire(values: Sequence[Sequence[Any]]) -> tuple[ArenaItem, ...]:
             ArenaItem(str(window), int(offset), _ints(shape), _ints(strides), str(source), str(dtype))
             for window, offset, shape, strides, source, dtype in values
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise WireFormatError("a request for an arena", str(error)) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -119,11 +120,7 @@ class Arenas:
 
     def _check(self, item: ArenaItem) -> None:
         window = self._windows.get(item.window)
-        itemsize = itemsize_bytes(item.source_dtype)
-        end = item.offset_bytes + span_nbytes(item.shape, item.stride_bytes, itemsize)
-        is_aligned = not item.offset_bytes % itemsize and not any(s % itemsize for s in item.stride_bytes)
-        is_inside = window is not None and item.offset_bytes >= 0 and end <= window.numel()
-        if not (is_aligned and is_inside) or min((*item.stride_bytes, *item.shape), default=0) < 0:
+        if window is None or not _lies_within(item, window.numel()):
             raise WireFormatError("a request for an arena", f"{item} does not lie in this rank's memory")
 
     def _in_window(self, item: ArenaItem) -> torch.Tensor:
@@ -156,6 +153,18 @@ class ArenaHold:
         """Give the items up; memory that nobody else holds is freed. Idempotent."""
         items, self._items, self._slots = self._items, (), ()
         self._arenas.drop(items)
+
+
+def _lies_within(item: ArenaItem, window_nbytes: int) -> bool:
+    itemsize = itemsize_bytes(item.source_dtype)
+    numbers = (item.offset_bytes, *item.stride_bytes, *item.shape)
+    if len(item.shape) != len(item.stride_bytes) or min(numbers) < 0:
+        return False
+    if any(number % itemsize for number in (item.offset_bytes, *item.stride_bytes)):
+        return False
+    end = item.offset_bytes + span_nbytes(item.shape, item.stride_bytes, itemsize)
+    # A stride of 0 would have a small window fill an arena of any size.
+    return end <= window_nbytes and math.prod(item.shape) * itemsize <= window_nbytes
 
 
 def _in_buffer(buffer: torch.Tensor, item: ArenaItem, offset_bytes: int) -> torch.Tensor:

@@ -31,6 +31,7 @@ from rdt_core.errors import (
     TopologyChangedError,
 )
 from rdt_core.leases import LeaseBook
+from rdt_core.timeouts import check_timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -250,11 +251,6 @@ class Coordinator:
             await self._notify()
         return not self._live_ranks()
 
-    @property
-    def is_deserted(self) -> bool:
-        """Whether no trainer rank lives and no engine rank has joined."""
-        return not self._live_ranks() and not self._engines
-
     async def session(self) -> str:
         """Identifies this life of the group: versions are compared within one session only."""
         return self._session
@@ -353,7 +349,7 @@ class Coordinator:
         if (engine, rank) not in self._engines:
             raise ForgottenError(self._group, f"rank {rank} of engine {engine}")
         await self.check_version(version, topology)
-        return self._leases.take((engine, rank), version, timeout_s)
+        return self._leases.take((engine, rank), version, check_timeout(timeout_s))
 
     async def end_read(self, lease: int, version: int) -> None:
         """An engine rank has read everything; raises unless the version was there all the time.
@@ -489,7 +485,7 @@ class Coordinator:
 
     async def _wait(self, is_true: Callable[[], bool], timeout_s: float) -> bool:
         """Until the condition holds or time runs out; looks again at least every second, for silence."""
-        deadline = self._clock() + timeout_s
+        deadline = self._clock() + check_timeout(timeout_s)
         async with self._changed:
             while not is_true():
                 left = deadline - self._clock()

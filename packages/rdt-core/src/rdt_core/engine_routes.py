@@ -138,14 +138,24 @@ async def read_body(request: Request) -> dict[str, Any]:
         raw += chunk
         if len(raw) > MAX_BODY_BYTES:
             raise HTTPException(413, f"a control request is at most {MAX_BODY_BYTES} bytes")
-    if not raw:
-        return {}
     try:
-        body = json.loads(raw)
-    except ValueError:
-        raise HTTPException(400, "the body must be a JSON object") from None
+        return parse_body(raw)
+    except WireFormatError as error:
+        raise HTTPException(400, "the body must be a JSON object") from error
+
+
+def parse_body(raw: bytes) -> dict[str, Any]:
+    """A control request's JSON object; an empty one for no bytes.
+
+    Raises:
+        WireFormatError: the bytes are no JSON object.
+    """
+    try:
+        body = json.loads(raw) if raw else {}
+    except (ValueError, RecursionError) as error:
+        raise WireFormatError("control request", f"no JSON ({type(error).__name__})") from None
     if not isinstance(body, dict):
-        raise HTTPException(400, "the body must be a JSON object")
+        raise WireFormatError("control request", f"JSON of type {type(body).__name__}, expected an object")
     return body
 
 

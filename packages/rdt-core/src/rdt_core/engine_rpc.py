@@ -15,6 +15,7 @@ from rdt_core import tracing
 from rdt_core.error_wire import to_wire
 from rdt_core.errors import RdtError, WireFormatError
 from rdt_core.subscriber import ConnectRequest, WeightSubscriber
+from rdt_core.timeouts import check_timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -89,10 +90,10 @@ def parse_timeout(payload: Mapping[str, Any]) -> float:
     Raises:
         WireFormatError: not a number between 0 and a day.
     """
-    timeout_s = payload.get("timeout_s", 60.0)
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s <= 86_400:  # noqa: PLR2004  a day
-        raise WireFormatError("request", f"timeout_s must be seconds, more than 0, got {timeout_s!r}")
-    return float(timeout_s)
+    timeout_s = check_timeout(payload.get("timeout_s", 60.0))
+    if not timeout_s:
+        raise WireFormatError("request", f"timeout_s must be more than 0, got {payload['timeout_s']!r}")
+    return timeout_s
 
 
 def parse_verify(payload: Mapping[str, Any]) -> str | None:

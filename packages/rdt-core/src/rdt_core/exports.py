@@ -8,9 +8,10 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rdt_core.arena import ARENA_WINDOW, items_from_wire
+from rdt_core.arena import ARENA_WINDOW
 from rdt_core.arena_memory import Arenas
 from rdt_core.digest import digest_bytes
+from rdt_core.export_request import parse_export, parse_probe, parse_reader
 from rdt_core.probe import ROUNDS, ProbeSource, Scratch
 from rdt_core.transports import make_transport
 
@@ -79,8 +80,9 @@ class Exports:
 
     def probe(self, payload: Mapping[str, Any]) -> object:
         """Write one round of a reader's probe and return the ticket of its scratch buffer."""
-        reader, name, version = str(payload["reader"]), str(payload["transport"]), int(payload["version"])
-        if version == ROUNDS[0]:
+        asked = parse_probe(payload)
+        reader, name = asked.reader, asked.transport
+        if asked.version == ROUNDS[0]:
             # The reader may have died in an earlier probe and be back.
             self.drop(payload)
         source = self._probes.get(reader)
@@ -88,42 +90,44 @@ class Exports:
             idle = self._scratch.setdefault(name, [])
             scratch = idle.pop() if idle else Scratch(self._transport(name), self._device)
             source = self._probes[reader] = ProbeSource(self._transport(name), scratch)
-        return source.write(str(payload["secret"]), version)
+        return source.write(asked.secret, asked.version)
 
     def open(self, payload: Mapping[str, Any]) -> object:
         """Offer byte ranges to a reader, in place of all that it had before; returns the ticket.
 
         Raises:
+            WireFormatError: the request is malformed.
             ArenaMemoryError: there is no memory for what the reader wants laid out.
         """
-        reader, name = str(payload["reader"]), str(payload["transport"])
+        asked = parse_export(payload, {name: flat.numel() for name, flat in self._windows.items()})
+        name = asked.transport
         self.drop(payload)
-        self._hold_windows(name, {window for window, _, _ in payload["ranges"]} - {ARENA_WINDOW})
+        self._hold_windows(name, {window for window, _, _ in asked.ranges} - {ARENA_WINDOW})
         with contextlib.ExitStack() as undo:
-            arena = self._arenas.hold(items_from_wire(payload["arena"]))
+            arena = self._arenas.hold(asked.items)
             undo.callback(arena.close)
             views = [
                 arena.view(offset, nbytes)
                 if window == ARENA_WINDOW
                 else self._windows[window][offset : offset + nbytes]
-                for window, offset, nbytes in payload["ranges"]
+                for window, offset, nbytes in asked.ranges
             ]
             export = self._transport(name).export(views)
             undo.callback(export.close)
             with self._refreshing:
                 export.refresh(self._version)
-                self._offers[reader] = _Offer(export, views, arena)
+                self._offers[asked.reader] = _Offer(export, views, arena)
             undo.pop_all()
         return export.ticket
 
     def digest(self, payload: Mapping[str, Any]) -> list[int]:
         """Digests of the byte ranges that a reader reads, one each."""
-        offer = self._offers.get(str(payload["reader"]))
+        offer = self._offers.get(parse_reader(payload))
         return [digest_bytes(view) for view in offer.views] if offer is not None else []
 
     def drop(self, payload: Mapping[str, Any]) -> None:
         """Drop what a reader had. A reader that had nothing is no error."""
-        reader = str(payload["reader"])
+        reader = parse_reader(payload)
         probe = self._probes.pop(reader, None)
         if probe is not None:
             probe.close()

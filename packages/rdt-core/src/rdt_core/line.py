@@ -48,6 +48,7 @@ METHODS = frozenset(
 
 _SECRET_BYTES = 32
 _MAX_FRAME_BYTES = 1 << 20
+_MAX_DEPTH = 32
 _CONNECT_TIMEOUT_S = 3.0
 _LENGTH = struct.Struct("!I")
 
@@ -101,10 +102,11 @@ class LineServer:
             (nbytes,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
             if nbytes > _MAX_FRAME_BYTES:
                 return
-            writer.write(_frame(await self._call(await reader.readexactly(nbytes))))
+            writer.write(_frame(await self.answer(await reader.readexactly(nbytes))))
             await writer.drain()
 
-    async def _call(self, request: bytes) -> Any:
+    async def answer(self, request: bytes) -> Any:
+        """What one frame's call returns, or the error that it ends with. Takes any bytes; raises nothing."""
         try:
             method, args, traceparent = unpack(request)
             if method in METHODS:
@@ -198,7 +200,14 @@ def unpack(raw: bytes) -> Any:
     Raises:
         ValueError: it did not.
     """
-    return msgpack.unpackb(raw, ext_hook=_decode, strict_map_key=False)
+    return _unpack(raw, 0)
+
+
+def _unpack(raw: bytes, depth: int) -> Any:
+    # Every level is a call of msgpack's C code, whose stack nothing else guards.
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"values are nested more than {_MAX_DEPTH} deep")
+    return msgpack.unpackb(raw, ext_hook=functools.partial(_decode, depth + 1), strict_map_key=False)
 
 
 _TUPLE, _ERROR, _OUTCOME = 1, 2, 3
@@ -214,13 +223,13 @@ def _encode(value: object) -> msgpack.ExtType:
     raise TypeError(f"{type(value).__name__} does not cross the coordinator's line")
 
 
-def _decode(code: int, raw: bytes) -> object:
+def _decode(depth: int, code: int, raw: bytes) -> object:
     if code == _TUPLE:
-        return tuple(unpack(raw))
+        return tuple(_unpack(raw, depth))
     if code == _ERROR:
         return from_wire(msgpack.unpackb(raw))
     if code == _OUTCOME:
-        return Outcome(*unpack(raw))
+        return Outcome(*_unpack(raw, depth))
     raise ValueError(f"unknown kind {code} of value")
 
 

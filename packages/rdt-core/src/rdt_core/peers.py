@@ -42,6 +42,15 @@ LENT_METHODS = frozenset(
 """What an engine that lends and its readers may call."""
 
 
+class LenderCoordinator(Coordinator):
+    """The coordinator of what one engine lends: its ranks are the trainer ranks of it."""
+
+    @property
+    def is_deserted(self) -> bool:
+        """Whether no rank that lends is alive and no reader has joined."""
+        return not self._live_ranks() and not self._engines
+
+
 class GroupCoordinator(Coordinator):
     """The coordinator of a group, with those of the engines that lend. What the actor runs.
 
@@ -52,7 +61,7 @@ class GroupCoordinator(Coordinator):
 
     def __init__(self, group: str, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(group, clock)
-        self._lending: dict[str, Coordinator] = {}
+        self._lending: dict[str, LenderCoordinator] = {}
         self._num_calls: Counter[str] = Counter()
 
     async def of_lender(self, engine: str, method: str, *args: Any) -> Any:
@@ -65,7 +74,7 @@ class GroupCoordinator(Coordinator):
         if method not in LENT_METHODS:
             raise WireFormatError("lender's call", f"unknown method {method!r}")
         name = f"{self._group}, lent by {engine}"
-        lender = self._lending.setdefault(engine, Coordinator(name, self._clock))
+        lender = self._lending.setdefault(engine, LenderCoordinator(name, self._clock))
         self._num_calls[engine] += 1
         try:
             return await getattr(lender, method)(*args)

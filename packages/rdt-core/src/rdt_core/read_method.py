@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from rdt_core.manifest import Shard
     from rdt_core.region import Region
 
+MAX_BLOCKS = 1 << 20
+"""Of one piece: more reads would take longer than reading what lies between them, and a plan lists each."""
+
 NEVER = "never"
 ARENA_POLICIES = ("auto", NEVER)
 
@@ -163,7 +166,9 @@ def _choose_direct(piece: Piece, cost: ReadCost) -> Method:
 
 
 def _cuts(piece: Piece) -> list[Cut]:
-    return find_cuts(piece.region.shape, piece.source.stride_bytes, itemsize_bytes(piece.source.dtype))
+    """Every way to read a piece that a plan has room for; the range around it is always one."""
+    found = find_cuts(piece.region.shape, piece.source.stride_bytes, itemsize_bytes(piece.source.dtype))
+    return [cut for cut in found if cut.num_blocks <= MAX_BLOCKS]
 
 
 def _find_wholly_needed(pieces: Sequence[Piece]) -> set[_Memory]:

@@ -1,0 +1,117 @@
+"""What a reader asks a trainer rank to offer, checked at the border: it comes from another process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rdt_core.arena import ARENA_WINDOW, items_from_wire, place_items
+from rdt_core.errors import WireFormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rdt_core.arena import ArenaItem
+
+_WHAT = "export request"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRequest:
+    """Byte ranges for one reader.
+
+    Args:
+        reader: its name.
+        transport: that is to carry them.
+        ranges: (window, byte offset, bytes), each inside of its window.
+        items: what the arena holds that some of them lie in.
+    """
+
+    reader: str
+    transport: str
+    ranges: tuple[tuple[str, int, int], ...]
+    items: tuple[ArenaItem, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeRequest:
+    """One round of a probe; see :class:`rdt_core.probe.ProbeSource`."""
+
+    reader: str
+    transport: str
+    secret: str
+    version: int
+
+
+def parse_export(payload: Mapping[str, Any], window_nbytes: Mapping[str, int]) -> ExportRequest:
+    """A checked request for byte ranges.
+
+    Args:
+        payload: as it came.
+        window_nbytes: size of every window of this rank.
+
+    Raises:
+        WireFormatError: a field is missing, of the wrong type, or a range reaches out of its window.
+        UnknownDtypeError: an item of the arena has a dtype that this project does not move.
+    """
+    items = items_from_wire(_sequence(payload, "arena"))
+    sizes = {**window_nbytes, ARENA_WINDOW: place_items(items)[1]}
+    return ExportRequest(
+        reader=parse_reader(payload),
+        transport=_text(payload, "transport"),
+        ranges=tuple(_parse_range(part, sizes) for part in _sequence(payload, "ranges")),
+        items=items,
+    )
+
+
+def parse_probe(payload: Mapping[str, Any]) -> ProbeRequest:
+    """A checked round of a probe.
+
+    Raises:
+        WireFormatError: a field is missing or of the wrong type.
+    """
+    return ProbeRequest(
+        reader=parse_reader(payload),
+        transport=_text(payload, "transport"),
+        secret=_text(payload, "secret"),
+        version=_whole(payload.get("version"), "version"),
+    )
+
+
+def parse_reader(payload: Mapping[str, Any]) -> str:
+    """The name of the reader that a request is about.
+
+    Raises:
+        WireFormatError: there is none.
+    """
+    return _text(payload, "reader")
+
+
+def _parse_range(part: object, sizes: Mapping[str, int]) -> tuple[str, int, int]:
+    if not isinstance(part, (list, tuple)) or len(part) != 3 or not isinstance(part[0], str):  # noqa: PLR2004  window, offset, bytes
+        raise WireFormatError(_WHAT, "a range must be a window's name, an offset and a size")
+    window, offset, nbytes = part[0], _whole(part[1], "offset"), _whole(part[2], "size")
+    if offset + nbytes > sizes.get(window, -1):
+        held = f"{sizes[window]} bytes" if window in sizes else "no such window"
+        raise WireFormatError(_WHAT, f"bytes {offset} to {offset + nbytes} of {window[:100]!r}: {held} here")
+    return window, offset, nbytes
+
+
+def _text(payload: Mapping[str, Any], field: str) -> str:
+    value = payload.get(field)
+    if not isinstance(value, str):
+        raise WireFormatError(_WHAT, f"{field} must be text")
+    return value
+
+
+def _whole(value: object, field: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise WireFormatError(_WHAT, f"{field} must be a whole number, 0 or more")
+    return value
+
+
+def _sequence(payload: Mapping[str, Any], field: str) -> list[Any] | tuple[Any, ...]:
+    value = payload.get(field)
+    if not isinstance(value, (list, tuple)):
+        raise WireFormatError(_WHAT, f"{field} must be a list")
+    return value
