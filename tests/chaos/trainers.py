@@ -12,7 +12,7 @@ from tests.integration.toy_trainer import ToyTrainer
 
 NUM_RANKS = 2
 WRITE_TIMEOUT_S = 3.0
-CALL_TIMEOUT_S = 60.0
+CALL_TIMEOUT_S = 180.0
 
 
 class ChaosTrainer(ToyTrainer):

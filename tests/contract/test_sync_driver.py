@@ -272,3 +272,49 @@ def test_an_option_that_does_not_exist_is_refused_before_anything_happens(
     with pytest.raises(ConfigError, match=next(iter(asked))):
         sync.update(publish_next(world), **asked)  # type: ignore[arg-type]  # each value is a wrong one
     assert engines[0].calls == before
+
+
+def test_a_coordinator_that_is_restarted_in_mid_read_costs_an_update_one_more_read(
+    world: World, engines: list[LocalEngine]
+) -> None:
+    sync = connect(world, engines, transport=gated.NAME)
+    version = publish_next(world)
+    gated.gate.close()
+    update = threading.Thread(target=sync.update, args=(version,), kwargs={"timeout_s": TIMEOUT_S})
+    update.start()
+    gated.gate.wait_until_reached()
+    world.channel.restart()
+    gated.gate.opened.set()
+    update.join(TIMEOUT_S)
+    assert not update.is_alive()
+    assert [engine.fingerprint for engine in engines] == [expected_fingerprint(version)] * 2
+    sync.close()
+
+
+def test_a_connect_that_is_given_up_leaves_no_engine_in_the_group(
+    world: World, engines: list[LocalEngine]
+) -> None:
+    hold = threading.Event()
+    engines[1]._model_thread.submit(hold.wait, TIMEOUT_S)
+    asked = {"group": GROUP, "transport": "memory", "mode": "staged", "timeout_s": 0.1}
+    sync = WeightSync(world.client, engines, asked)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rdt_core.member.CONNECT_MARGIN_S", 0.0)
+        patch.setattr("rdt_core.sync._TRAINERS_TIMEOUT_S", 0.1)
+        with pytest.raises(EngineUnreachableError):
+            sync.join_all()
+        # The engine is still to connect when the driver leaves.
+        sync.close()
+    hold.set()
+    assert engines[1]._model_thread.submit(engines[1].subscriber.status).result(TIMEOUT_S)["group"] is None
+    assert world.client.status()["engines"] == []
+
+
+def test_a_driver_that_leaves_one_group_does_not_part_an_engine_from_another(
+    world: World, engines: list[LocalEngine]
+) -> None:
+    with connect(world, engines) as sync:
+        engines[0].call("disconnect", {"group": "of another driver"}, timeout_s=TIMEOUT_S)
+        version = publish_next(world)
+        sync.update(version, timeout_s=TIMEOUT_S)
+    assert engines[0].fingerprint == expected_fingerprint(version)

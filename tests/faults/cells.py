@@ -83,16 +83,7 @@ _FIRST_TORN = "nothing; the other: new"
 
 # By victim and fault: the repair, and for each point what the user sees and what is served.
 _EXPECTED: dict[tuple[str, str], tuple[str, dict[str, tuple[str, str]]]] = {
-    ("trainer", "SIGKILL"): (
-        _RESTART,
-        {
-            "connect": ("MissingTrainerRankError", "old"),
-            "publish": ("NotPublishedError", "old"),
-            "before read": ("SourceDiedError", "old"),
-            "during read": ("SourceDiedError", "old"),
-            **dict.fromkeys(_AFTER_READ, ("", "new")),
-        },
-    ),
+    # Stops first: what is killed later is then read by engines whose reads were once interrupted.
     ("trainer", "SIGSTOP"): (
         _CONTINUE,
         {
@@ -100,6 +91,25 @@ _EXPECTED: dict[tuple[str, str], tuple[str, dict[str, tuple[str, str]]]] = {
             "publish": ("NotPublishedError", "old"),
             "before read": ("PullTimeoutError", "old"),
             "during read": ("PullTimeoutError", "old"),
+            **dict.fromkeys(_AFTER_READ, ("", "new")),
+        },
+    ),
+    ("engine", "SIGSTOP"): (
+        _CONTINUE,
+        {
+            "connect": ("", "old"),
+            "publish": ("EngineUnreachableError", "old"),
+            **dict.fromkeys(POINTS[2:5], ("DeadlineError", "old")),
+            **dict.fromkeys(_IN_COMMIT, ("EngineUnreachableError", "new")),
+        },
+    ),
+    ("trainer", "SIGKILL"): (
+        _RESTART,
+        {
+            "connect": ("MissingTrainerRankError", "old"),
+            "publish": ("NotPublishedError", "old"),
+            "before read": ("SourceDiedError", "old"),
+            "during read": ("SourceDiedError", "old"),
             **dict.fromkeys(_AFTER_READ, ("", "new")),
         },
     ),
@@ -117,15 +127,6 @@ _EXPECTED: dict[tuple[str, str], tuple[str, dict[str, tuple[str, str]]]] = {
         _REPLACE,
         {
             **dict.fromkeys(POINTS[:5], ("EngineUnreachableError", "old")),
-            **dict.fromkeys(_IN_COMMIT, ("EngineUnreachableError", "new")),
-        },
-    ),
-    ("engine", "SIGSTOP"): (
-        _CONTINUE,
-        {
-            "connect": ("EngineUnreachableError", "old"),
-            "publish": ("EngineUnreachableError", "old"),
-            **dict.fromkeys(POINTS[2:5], ("DeadlineError", "old")),
             **dict.fromkeys(_IN_COMMIT, ("EngineUnreachableError", "new")),
         },
     ),
@@ -234,6 +235,9 @@ CELLS = (
 SURROUNDINGS = (
     Cell(victim="node of a trainer", fault="lost", point="during read", sees="SourceDiedError", serves="old",
          repair=_RESTART),
+    Cell(victim="Ray head", fault="SIGKILL", point="before read", sees="SourceDiedError", serves="old",
+         or_else=("CoordinatorLostError", "old"),
+         repair="start another cluster and the trainers; a new driver connects"),
     Cell(victim="disk", fault="full", point="before read", sees="", serves="new", repair="free the disk"),
     Cell(victim="engine", fault="fd limit", point="before read", sees="", serves="new",
          repair="raise the limit"),

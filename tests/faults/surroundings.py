@@ -143,6 +143,34 @@ def _ranks_on(*nodes: str) -> list[Any]:
     ]
 
 
+def lose_head() -> Row:
+    """Ray's head is killed, with the node that everybody has joined; then there is another cluster."""
+    with contextlib.ExitStack() as clusters:
+        address = clusters.enter_context(local_ray())
+        with stage_in(address) as stage:
+            ray_processes = [
+                process
+                for process in psutil.Process().children(recursive=True)
+                if process.name() in ("gcs_server", "raylet")
+            ]
+
+            def harm() -> None:
+                for process in ray_processes:
+                    process.kill()
+                # A trainer that is a Ray actor ends with its node; an engine is a process of its own.
+                psutil.wait_procs([psutil.Process(pid) for pid in stage.pids], timeout=30)
+
+            def repair() -> None:
+                clusters.close()
+                clusters.enter_context(local_ray())
+                stage.ranks = []
+                stage.start_trainers()
+                stage.sync.close()
+                stage.connect("staged")
+
+            return strike(stage, "before read", harm, repair, is_first=True)
+
+
 def fill_disk() -> Row:
     """The disk of Ray's files is full, on the node of everybody, from before the read."""
     with tempfile.TemporaryDirectory(prefix="full", dir="/tmp") as folder:
@@ -186,6 +214,7 @@ def limit_fds() -> Row:
 
 SCENARIOS: dict[tuple[str, str], Callable[[], Row]] = {
     ("node of a trainer", "lost"): lose_node,
+    ("Ray head", "SIGKILL"): lose_head,
     ("disk", "full"): fill_disk,
     ("engine", "fd limit"): limit_fds,
 }

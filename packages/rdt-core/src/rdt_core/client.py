@@ -10,7 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from rdt_core import tracing
+from rdt_core import ray_session, tracing
 from rdt_core.coordinator import (
     NOTHING_SAID,
     POLL_S,
@@ -146,6 +146,8 @@ class RayChannel:
 
     def start(self, method: str, *args: object) -> Callable[[float], Any]:
         """See :class:`Channel`."""
+        if (self._line is None or method not in METHODS) and not ray_session.is_node_there():
+            raise CoordinatorLostError(self._group, "the Ray node of this process has ended")
         line = self._find_line() if method in METHODS else None
         if line is None:
             ref = self._call_actor(method, args)

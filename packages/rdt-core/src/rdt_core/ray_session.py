@@ -12,6 +12,9 @@ from rdt_core.errors import NoRayClusterError, RayAuthError, TransportUnavailabl
 
 NAMESPACE = "rdt"
 _PROBE_TIMEOUT_S = 3.0
+_LOOK_TIMEOUT_S = 1.0
+_HEAD_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+_HEAD_PATIENCE_S = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,8 @@ def join(where: RayAddress | None = None) -> None:
     """Make this process a member of the cluster, unless it is one already.
 
     Callable from a driver, an actor, a torchrun rank or an engine worker. Blocks for 1 to 3 seconds on
-    first use; a missing cluster or a wrong token is reported within about 3.
+    first use; a missing cluster or a wrong token is reported within about 3. A process whose node is gone
+    leaves it, which takes 5 seconds, and joins anew.
 
     Args:
         where: the cluster; by default ``RAY_ADDRESS``, else the one on this host.
@@ -72,7 +76,10 @@ def join(where: RayAddress | None = None) -> None:
             "ray", str(error), "Install it with `pip install 'ray>=2.56'`."
         ) from error
     if ray.is_initialized():
-        return
+        if is_node_there():
+            return
+        # Nothing in this process can use a node that is gone; there may be a new cluster.
+        ray.shutdown()
     address = (where.address if where else "") or os.environ.get("RAY_ADDRESS", "") or "auto"
     if where and where.auth_mode and "RAY_AUTH_MODE" not in os.environ:
         _adopt_auth_mode(where.auth_mode)
@@ -80,12 +87,51 @@ def join(where: RayAddress | None = None) -> None:
     if address != "auto":
         _check_reachable(address)
         _check_token_accepted(address)
+    _outlive_head()
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         if "InvalidAuthToken" in str(error):
             raise RayAuthError(address) from error
         raise NoRayClusterError(address, _first_line(error)) from error
+
+
+def is_node_there() -> bool:
+    """Whether the Ray node that this process has joined still runs. Takes microseconds.
+
+    Asked before every request that may end at the node's raylet: Ray ends a process that asks one which is
+    gone (RayletIpcClient, 2.60), and an inference engine must not end with its cluster.
+    """
+    import ray  # noqa: PLC0415
+
+    node = ray._private.worker._global_node  # noqa: SLF001  Ray has no public way
+    path = node.raylet_socket_name if node is not None else None
+    if not path:
+        return True
+    try:
+        with socket.socket(socket.AF_UNIX) as look:
+            look.settimeout(_LOOK_TIMEOUT_S)
+            look.connect(str(path).removeprefix("unix:"))
+    except (ConnectionError, FileNotFoundError):
+        return False
+    except OSError:
+        return True  # busy, or of another kind: Ray itself must find out
+    return True
+
+
+def _outlive_head() -> None:
+    """Have this process live on when Ray's head is gone for longer than a minute.
+
+    Ray ends it otherwise: an engine that serves, or a torchrun rank that trains. Left as it is where the user
+    has set the variable.
+
+    Source: src/ray/rpc/rpc_client, gcs_rpc_server_reconnect_timeout_s (2.60).
+    """
+    from ray._raylet import Config  # noqa: PLC0415
+
+    if _HEAD_PATIENCE not in os.environ:
+        os.environ[_HEAD_PATIENCE] = str(_HEAD_PATIENCE_S)
+        Config.initialize("")
 
 
 def _adopt_auth_mode(mode: str) -> None:

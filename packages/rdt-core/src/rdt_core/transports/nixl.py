@@ -21,6 +21,7 @@ from rdt_core.errors import (
     TransportError,
     TransportUnavailableError,
 )
+from rdt_core.ray_session import is_node_there
 from rdt_core.transports.huge_pages import back_with_huge_pages
 
 if TYPE_CHECKING:
@@ -167,6 +168,8 @@ class NixlLink:
         del version
         if self._ref is None:
             raise TransportError("this link has been closed. Open the ticket again.")
+        if not is_node_there():
+            raise SourceDiedError(self._trainer_rank, "the Ray node of this process has ended")
         try:
             got = ray.get(cast("Any", self._ref), timeout=timeout_s)
         except exceptions.GetTimeoutError as error:
