@@ -350,7 +350,17 @@ def faults(session: nox.Session) -> None:
 
     ``-- --all`` runs the whole matrix, half an hour; ``-- --all --record`` writes what it measures.
     """
-    run_in(session, TORCH, "-m", "pytest", "tests/faults", *session.posargs, patience_s=30)
+    apart = ("--ignore", "tests/faults/engines")
+    run_in(session, TORCH, "-m", "pytest", "tests/faults", *apart, *session.posargs, patience_s=30)
+
+
+@nox.session(name="faults-engines", venv_backend="none", requires=["env-vllm", "env-sglang"], default=False)
+def faults_engines(session: nox.Session) -> None:
+    """The rows of the fault matrix that real vLLM and SGLang servers of two ranks play; an hour."""
+    patience = {"OMP_NUM_THREADS": "1", "PYTEST_TIMEOUT": "900", "TORCHDYNAMO_DISABLE": "1"}
+    for environment in (VLLM, SGLANG):
+        arguments = ("-m", "pytest", "tests/faults/engines", "--all", *session.posargs)
+        run_in(session, environment, *arguments, patience_s=30, env=patience)
 
 
 @nox.session(venv_backend="none", requires=["env-vllm"])

@@ -12,7 +12,7 @@ import torch
 
 from rdt_core import LocalShards, WeightPublisher
 from rdt_core.client import CoordinatorClient, LocalChannel
-from rdt_core.errors import WindowMovedError
+from rdt_core.errors import CoordinatorLostError, RdtError, WindowMovedError
 from rdt_core.local_shards import LocalShard
 from rdt_core.manifest import TensorSpec
 from rdt_core.region import Region
@@ -126,3 +126,27 @@ def test_a_rank_that_digests_for_long_goes_on_giving_signs_of_life(channel: Loca
             assert time.monotonic() < begun + 20
         SlowDigests.may_end.set()
         assert asked.result(30)[0][0].tensor == "w"
+
+
+def test_a_rank_that_misses_its_coordinator_for_long_serves_again_when_there_is_one(
+    channel: LocalChannel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    original = CoordinatorClient.next_tasks
+
+    def next_tasks(self: CoordinatorClient, *args: Any) -> Any:
+        asked.append(len(asked))
+        if len(asked) < 4:
+            error = CoordinatorLostError if asked[-1] else RdtError
+            raise error(*("policy", "it starts")[: 2 if asked[-1] else 1])
+        return original(self, *args)
+
+    monkeypatch.setattr(CoordinatorClient, "next_tasks", next_tasks)
+    monkeypatch.setattr("rdt_core.publisher._LOST_PAUSE_S", 0.01)
+    held = Parameter()
+    with attach(channel, held, held.complete) as publisher:
+        publisher.publish(1)
+        client = CoordinatorClient(channel)
+        digests = client.ask("digest", {0: {"w": "float32"}}, 30.0)
+    assert [digest.tensor for digest in digests[0]] == ["w"]
+    assert len(asked) >= 4

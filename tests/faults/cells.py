@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 UPDATE_TIMEOUT_S = 8.0
 """What every cell passes to ``connect`` and ``update``; whoever is asked gets some seconds on top."""
@@ -162,7 +162,14 @@ _EXPECTED: dict[tuple[str, str], tuple[str, dict[str, tuple[str, str]]]] = {
         _RECONNECT,
         {**dict.fromkeys(POINTS[:5], ("", "old")), **dict.fromkeys(_IN_COMMIT, ("", "new"))},
     ),
-    ("driver", "SIGSTOP"): (_CONTINUE, {"connect": ("", "old"), **dict.fromkeys(POINTS[1:], ("", "new"))}),
+    ("driver", "SIGSTOP"): (
+        _CONTINUE,
+        {
+            "connect": ("", "old"),
+            "publish": ("DeadlineError", "old"),
+            **dict.fromkeys(POINTS[2:], ("", "new")),
+        },
+    ),
     ("driver", "exception"): (
         _NOTHING,
         {
@@ -176,6 +183,8 @@ _OR_ELSE = {
     # The kernel may copy from the memory of a process that stands still.
     ("trainer", "SIGSTOP", "before read"): ("", "new"),
     ("trainer", "SIGSTOP", "during read"): ("", "new"),
+    # The answer lies there when the driver wakes, and so does the end of its deadline.
+    ("driver", "SIGSTOP", "publish"): ("", "new"),
 }
 
 _QUICK = {
@@ -237,7 +246,7 @@ SURROUNDINGS = (
          repair=_RESTART),
     Cell(victim="Ray head", fault="SIGKILL", point="before read", sees="SourceDiedError", serves="old",
          or_else=("CoordinatorLostError", "old"),
-         repair="start another cluster and the trainers; a new driver connects"),
+         repair="start another cluster and the trainers; a new driver connects", is_quick=True),
     Cell(victim="disk", fault="full", point="before read", sees="", serves="new", repair="free the disk"),
     Cell(victim="engine", fault="fd limit", point="before read", sees="", serves="new",
          repair="raise the limit"),
@@ -245,20 +254,25 @@ SURROUNDINGS = (
 """Each in a cluster of its own, see ``surroundings``."""
 
 
-def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The matrix in Markdown.
+def table(cells: Sequence[Cell], rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Cells in Markdown.
 
     Args:
+        cells: one a line.
         rows: what was measured, by the cell's name; see ``results``.
     """
     lines = [
         "| who | what | when | mode | the user sees | after | engines alive serve | repaired by | in | run |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [_line(cell, rows.get(cell.name)) for cell in (*CELLS, *SURROUNDINGS)]
-    lines += [
-        f"| {who} | {what} | {when} | | *{why}* | | | | | |" for (who, what, when), why in IMPOSSIBLE.items()
-    ]
+    lines += [_line(cell, rows.get(cell.name)) for cell in cells]
+    return "\n".join(lines)
+
+
+def list_impossible() -> str:
+    """The combinations that there are not, in Markdown."""
+    lines = ["| who | what | when | why not |", "|---|---|---|---|"]
+    lines += [f"| {who} | {what} | {when} | {why} |" for (who, what, when), why in IMPOSSIBLE.items()]
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from rdt_core.lifecycle import MODEL_MOVES, RANK_MOVES, SYNC_MOVES
 from tests.faults import cells, results
+from tests.faults.engines.cells import ENGINES, cells_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,11 +34,14 @@ def draw(moves: Mapping[tuple[Any, Any], Any]) -> str:
     return "\n".join(lines)
 
 
+ROWS = results.read()["rows"]
 TABLES = {
     "rank": draw(RANK_MOVES),
     "model": draw(MODEL_MOVES),
     "driver": draw(SYNC_MOVES),
-    "faults": cells.table(results.read()["rows"]),
+    "faults": cells.table((*cells.CELLS, *cells.SURROUNDINGS), ROWS),
+    "real engines": cells.table([cell for engine in ENGINES for cell in cells_of(engine)], ROWS),
+    "impossible": cells.list_impossible(),
     "runs": results.table(results.read()["runs"]),
 }
 

@@ -222,7 +222,7 @@ class RayChannel:
             ) from error
         except exceptions.ActorUnavailableError as error:
             raise _RestartingError(self._group, type(error).__name__) from error
-        except exceptions.RayActorError as error:
+        except exceptions.RayError as error:
             raise CoordinatorLostError(self._group, type(error).__name__) from error
 
     def end(self) -> None:

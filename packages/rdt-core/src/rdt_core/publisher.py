@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _JOIN_TIMEOUT_S = 15.0
+_LOST_PAUSE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,16 +286,29 @@ class WeightPublisher:
             )
 
     def _serve(self) -> None:
-        """Body of one service thread: fetch tasks until the publisher is closed."""
+        """Body of one service thread: fetch tasks until the publisher is closed.
+
+        Whatever is wrong with the coordinator, this rank asks again: Ray may take long to restart it, and a
+        rank that gave up would be missed for ever.
+        """
+        is_lost = False
         while not self._is_closed.is_set():
             try:
                 self._serve_once()
-            except (CoordinatorLostError, GroupInUseError) as error:
+                is_lost = False
+            except GroupInUseError as error:
                 if not self._is_closed.is_set():
                     logger.warning("trainer rank %d stops serving engines: %s", self._local.rank, error)
                 return
-            except DeadlineError as error:
-                logger.warning("trainer rank %d cannot reach the coordinator: %s", self._local.rank, error)
+            except RdtError as error:
+                if not (is_lost or self._is_closed.is_set()):
+                    logger.warning(
+                        "trainer rank %d cannot reach the coordinator and tries again: %s",
+                        self._local.rank,
+                        error,
+                    )
+                is_lost = True
+                self._is_closed.wait(_LOST_PAUSE_S)
 
     def _serve_once(self) -> None:
         try:
