@@ -32,6 +32,9 @@ _EXPECTED = {
     ("engine", "SIGSTOP"): ("SIGCONT; update again", _STOPPED),
 }
 
+# A stop ends shortly before the deadline: whether the engine then makes it depends on its speed.
+_OR_ELSE = {("SIGSTOP", "connect"): ("EngineUnreachableError", "old")}
+
 ENGINES = ("vllm", "sglang")
 
 
@@ -44,6 +47,7 @@ def cells_of(engine: str) -> tuple[Cell, ...]:
             point=point,
             sees=sees,
             serves=serves,
+            or_else=_OR_ELSE.get((fault, point)),
             repair=repair,
         )
         for (victim, fault), (repair, points) in sorted(

@@ -263,7 +263,11 @@ class Coordinator:
         return [trainer.manifest for _, trainer in sorted(self._trainers.items())]
 
     async def ask(self, kind: str, payloads: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
-        """Give tasks to trainer ranks and return their answers by rank."""
+        """Give tasks to trainer ranks and return their answers by rank.
+
+        Ranks that a restarted coordinator does not know yet have the time to introduce themselves.
+        """
+        await self._wait(lambda: set(payloads) <= set(self._trainers), min(timeout_s, SILENT_S))
         gone = tuple(sorted(set(payloads) - self._live_ranks()))
         if gone:
             raise MissingTrainerRankError(self._group, gone, self._world_size, 0.0)
