@@ -45,7 +45,7 @@ class Recorder:
 
     is_wanted: bool
     _rows: dict[str, Row] = field(default_factory=dict)
-    _run: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
+    _run: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
 
     def keep(self, name: str, row: Row) -> None:
         """One more cell has been played."""
