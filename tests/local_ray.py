@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+CALL_TIMEOUT_S = 120.0
+
+
 @contextlib.contextmanager
 def local_ray(
     *, num_gpus: int | None = None, tracing_hook: str | None = None, below: str | None = None

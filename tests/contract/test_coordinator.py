@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from rdt_core.client import CoordinatorClient, LocalChannel, RayChannel
-from rdt_core.coordinator import SILENT_S, Outcome
+from rdt_core.coordinator import SILENT_S
 from rdt_core.errors import (
     ConfigError,
     CoordinatorLostError,
@@ -27,6 +27,7 @@ from rdt_core.errors import (
     TopologyChangedError,
     UnknownGroupError,
 )
+from rdt_core.words import Outcome
 from tests.contract.world import Clock
 from tests.local_group import wait_for
 
@@ -109,6 +110,18 @@ def test_a_rank_that_fell_silent_is_replaced_and_its_versions_go_on(client: Coor
     assert client.manifests(1.0) == [b"new"]
     with pytest.raises(GroupInUseError):
         client.publish(0, "dead process", 8)
+
+
+def test_a_rank_whose_earlier_process_leaves_is_replaced_at_once(client: CoordinatorClient) -> None:
+    client.attach(0, 2, "leaves", b"old")
+    client.attach(1, 2, "stays", b"other")
+    started = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        comes = pool.submit(client.attach, 0, 2, "comes", b"new")
+        client.detach(0, "leaves")
+        assert comes.result(20) == 0
+    assert time.monotonic() - started < SILENT_S
+    assert client.manifests(1.0) == [b"new", b"other"]
 
 
 def test_another_world_size_is_refused_while_others_are_alive(

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 from hypothesis import strategies as st
 
-from rdt_core.coordinator import Outcome
 from rdt_core.error_wire import from_wire, to_wire
 from rdt_core.errors import RdtError, UpdateFailedError
 from rdt_core.line import METHODS, LineServer, pack
@@ -22,6 +21,7 @@ from rdt_core.peers import GroupCoordinator
 from rdt_core.planner import build_plan
 from rdt_core.region import Region
 from rdt_core.wire import manifest_from_bytes, manifest_to_bytes
+from rdt_core.words import Outcome
 from tests.fuzz.inputs import damage, damage_values, plain_values, seeds
 from tests.unit.worlds_by_hand import around, box, dense_shard
 

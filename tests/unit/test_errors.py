@@ -40,6 +40,7 @@ EXAMPLES: dict[str, tuple[object, ...]] = {
     "NoRayClusterError": ("10.0.0.1:6379", "connection refused"),
     "RayAuthError": ("10.0.0.1:6379",),
     "UnknownGroupError": ("policy", "rl"),
+    "VersionSkewError": ("policy", "join", "0.1.0"),
     "GroupInUseError": ("policy", 4),
     "MissingTrainerRankError": ("policy", (1, 3), 8, 30.0),
     "NotConnectedError": ("sync",),

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from rdt_core.coordinator import Coordinator, Outcome
+from rdt_core.coordinator import Coordinator
 from rdt_core.errors import CoordinatorLostError, DeadlineError, RdtError, SupersededError
 from rdt_core.line import Line, LineAddress, LineServer, pack, unpack
+from rdt_core.words import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

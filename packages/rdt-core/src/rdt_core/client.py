@@ -10,18 +10,20 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from rdt_core import ray_session, tracing
-from rdt_core.coordinator import (
-    NOTHING_SAID,
-    POLL_S,
-    LastWords,
-    Outcome,
-    TrainerTask,
+from rdt_core import __version__, ray_session, tracing
+from rdt_core.coordinator import POLL_S
+from rdt_core.errors import (
+    CoordinatorLostError,
+    DeadlineError,
+    RdtError,
+    UnknownGroupError,
+    VersionSkewError,
 )
-from rdt_core.errors import CoordinatorLostError, DeadlineError, RdtError, UnknownGroupError
 from rdt_core.line import METHODS, Line, LineServer
 from rdt_core.peers import GroupCoordinator, LenderChannel
+from rdt_core.priority import leave_niceness
 from rdt_core.ray_session import NAMESPACE
+from rdt_core.words import NOTHING_SAID, LastWords, Outcome, TrainerTask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -69,6 +71,7 @@ class _ActorCoordinator(GroupCoordinator):
     """
 
     def __init__(self, group: str) -> None:
+        leave_niceness()
         importlib.import_module("torch")
         super().__init__(group)
         self._line = LineServer(self)
@@ -171,10 +174,15 @@ class RayChannel:
         return result
 
     def _call_actor(self, method: str, args: tuple[object, ...]) -> Any:
+        """Call through Ray, which checks the arguments here, against the class that the trainers sent it."""
         traceparent = tracing.traceparent()
-        if traceparent:
-            return self._actor.call.remote(method, args, traceparent)
-        return getattr(self._actor, method).remote(*args)
+        try:
+            if traceparent:
+                return self._actor.call.remote(method, args, traceparent)
+            return getattr(self._actor, method).remote(*args)
+        except (AttributeError, TypeError):
+            # A class that cannot be loaded here Ray replaces by one whose methods take no arguments.
+            raise VersionSkewError(self._group, method, __version__) from None
 
     def _drop_line(self, line: Line) -> None:
         """Ask for another line before the next call; a coordinator that was restarted has a new one."""
@@ -186,7 +194,7 @@ class RayChannel:
     def _find_line(self) -> Line | None:
         with self._asking:
             if not self._has_asked:
-                address = self._result(self._actor.open_line.remote(), "open_line", ATTACH_TIMEOUT_S)
+                address = self._result(self._call_actor("open_line", ()), "open_line", ATTACH_TIMEOUT_S)
                 self._has_asked = True
                 try:
                     self._line = Line(address, self._group)

@@ -24,7 +24,6 @@ from rdt_core.errors import (
     LeaseLostError,
     MissingTrainerRankError,
     NotPublishedError,
-    RdtError,
     ReleasedError,
     StaleVersionError,
     SupersededError,
@@ -32,6 +31,7 @@ from rdt_core.errors import (
 )
 from rdt_core.leases import LeaseBook
 from rdt_core.timeouts import check_timeout
+from rdt_core.words import NOTHING_SAID, LastWords, Outcome, TrainerTask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -44,51 +44,6 @@ SILENT_S = 10.0
 
 MAX_HISTORY = 32
 """How many of a group's last syncs are kept; all but the last completed one without their rows by rank."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainerTask:
-    """Something a trainer rank's service thread is asked to do.
-
-    Args:
-        number: identifies the answer.
-        kind: ``"probe"``, ``"export"``, ``"digest_reads"`` and ``"drop"``, all of which name a reader
-            (:mod:`rdt_core.exports`), ``"digest"`` (payload: dtype by tensor), or ``"trace"`` (payload: the
-            version whose publish belongs to the trace); nobody waits for the answer to the last.
-        payload: plain values.
-        traceparent: of whoever asks, empty when there is no trace.
-    """
-
-    number: int
-    kind: str
-    payload: Any
-    traceparent: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of a task, or of one engine rank's prepare: a value or an error."""
-
-    value: Any = None
-    error: RdtError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LastWords:
-    """What a trainer rank had said to a coordinator that is gone.
-
-    Args:
-        session: of the group then; empty when the rank is new.
-        version: that it had published last, 0 if none.
-        is_writing: whether it had taken that version back.
-    """
-
-    session: str = ""
-    version: int = 0
-    is_writing: bool = True
-
-
-NOTHING_SAID = LastWords()
 
 
 @dataclass(slots=True)
@@ -152,8 +107,12 @@ class Coordinator:
         if known is not None and known.instance == instance:
             await self._hear(known, last.version)
             return known.version
-        if known is not None:
+        while known is not None:
             await self._wait_until_silent_or_alive(rank, known)
+            now = self._trainers.get(rank)
+            if now is None or now is known:
+                break
+            known = now  # somebody else has taken the place meanwhile
         await self._settle_world_size(rank, world_size)
         if last.session and not self._trainers:
             self._session = last.session
@@ -188,11 +147,16 @@ class Coordinator:
         self._world_size = world_size
 
     async def _wait_until_silent_or_alive(self, rank: int, known: _Trainer) -> None:
+        """Until an earlier process of a rank has left or counts as gone; raises once it says something."""
         seen = known.last_seen
-        while not self._is_silent(known):
+
+        def is_gone() -> bool:
+            return self._trainers.get(rank) is not known or self._is_silent(known)
+
+        while not is_gone():
             if known.last_seen > seen:
                 raise GroupInUseError(self._group, rank)
-            await self._wait(lambda: known.last_seen > seen or self._is_silent(known), POLL_S)
+            await self._wait(lambda: known.last_seen > seen or is_gone(), POLL_S)
 
     async def next_tasks(self, rank: int, instance: str, version: int = 0) -> list[TrainerTask]:
         """Tasks for a trainer rank; held open for ``POLL_S``, then empty.
@@ -257,9 +221,11 @@ class Coordinator:
 
     async def manifests(self, timeout_s: float) -> list[bytes]:
         """Every trainer rank's manifest, waiting for ranks that have not attached yet."""
+        started = self._clock()
         complete = await self._wait(lambda: self._world_size > 0 and not self._missing(), timeout_s)
         if not complete:
-            raise MissingTrainerRankError(self._group, self._missing(), self._world_size, timeout_s)
+            waited_s = self._clock() - started
+            raise MissingTrainerRankError(self._group, self._missing(), self._world_size, waited_s)
         return [trainer.manifest for _, trainer in sorted(self._trainers.items())]
 
     async def ask(self, kind: str, payloads: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
@@ -281,12 +247,13 @@ class Coordinator:
         def unanswered() -> set[int]:
             return {rank for rank, number in numbers.items() if number not in self._outcomes}
 
+        started = self._clock()
         await self._wait(lambda: not unanswered() or bool(unanswered() - self._live_ranks()), timeout_s)
         late = tuple(sorted(unanswered()))
         self._open_tasks.difference_update(numbers.values())
         outcomes = {rank: self._outcomes.pop(n) for rank, n in numbers.items() if n in self._outcomes}
         if late:
-            raise MissingTrainerRankError(self._group, late, self._world_size, timeout_s)
+            raise MissingTrainerRankError(self._group, late, self._world_size, self._clock() - started)
         for outcome in outcomes.values():
             if outcome.error is not None:
                 raise outcome.error

@@ -61,14 +61,15 @@ class GroupInUseError(SessionError):
 
 
 class MissingTrainerRankError(SessionError):
-    """Some trainer ranks have not attached, or have fallen silent."""
+    """Some trainer ranks have not attached, have fallen silent, or do not answer."""
 
     def __init__(self, group: str, missing: tuple[int, ...], world_size: int, waited_s: float) -> None:
         self.group, self.missing, self.world_size, self.waited_s = group, tuple(missing), world_size, waited_s
         super().__init__(
             f"sync group {group!r} lacks trainer ranks {list(missing)} of {world_size} after "
-            f"{waited_s:.1f} s. Call WeightPublisher.attach in every rank; if they did, look for a "
-            "dead trainer process.",
+            f"{waited_s:.1f} s: they have not attached, gave no sign of life for a while, or did not answer. "
+            "Call WeightPublisher.attach in every rank; if they did, look for a dead, stopped or starved "
+            "trainer process.",
             (group, tuple(missing), world_size, waited_s),
         )
 
@@ -117,6 +118,19 @@ class ForgottenError(SessionError):
             f"the coordinator of sync group {group!r} does not know {member}; it was restarted, or {member} "
             "has left. Members introduce themselves again by themselves; if this reaches you, connect again.",
             (group, member),
+        )
+
+
+class VersionSkewError(SessionError):
+    """The group's coordinator was started by another version of rdt-core."""
+
+    def __init__(self, group: str, method: str, here: str) -> None:
+        self.group, self.method, self.here = group, method, here
+        super().__init__(
+            f"the coordinator of sync group {group!r} does not take {method!r} as rdt-core {here} of this "
+            "process calls it: the trainers run another version. Install one version of rdt-core in "
+            "trainers, driver and engines.",
+            (group, method, here),
         )
 
 

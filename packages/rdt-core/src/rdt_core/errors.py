@@ -22,6 +22,7 @@
     |   |-- NoRayClusterError
     |   |-- RayAuthError
     |   |-- UnknownGroupError
+    |   |-- VersionSkewError
     |   |-- GroupInUseError
     |   |-- MissingTrainerRankError
     |   |-- NotConnectedError
@@ -99,6 +100,7 @@ from rdt_core.error_session import (
     RayAuthError,
     SessionError,
     UnknownGroupError,
+    VersionSkewError,
 )
 from rdt_core.error_sync import (
     AbortedError,
@@ -175,6 +177,7 @@ __all__ = [
     "UnusedTensorError",
     "UpdateFailedError",
     "VersionError",
+    "VersionSkewError",
     "WindowMovedError",
     "WireFormatError",
 ]

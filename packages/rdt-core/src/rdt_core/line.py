@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from rdt_core import tracing
-from rdt_core.coordinator import Outcome
 from rdt_core.error_wire import from_wire, to_wire
 from rdt_core.errors import CoordinatorLostError, DeadlineError, RdtError
+from rdt_core.words import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,6 @@ import torch
 
 from rdt_core import ray_session, tracing
 from rdt_core.client import CoordinatorClient, RayChannel
-from rdt_core.coordinator import LastWords, Outcome, TrainerTask
 from rdt_core.describe import describe_trainer
 from rdt_core.digest import RegionDigest, digest_region
 from rdt_core.errors import (
@@ -33,6 +32,7 @@ from rdt_core.errors import (
 from rdt_core.expandable import refuse_expandable
 from rdt_core.exports import Exports
 from rdt_core.wire import manifest_to_bytes
+from rdt_core.words import LastWords, Outcome, TrainerTask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

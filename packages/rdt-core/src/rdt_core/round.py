@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
     from rdt_core.client import CoordinatorClient
-    from rdt_core.coordinator import Outcome
     from rdt_core.member import Member
+    from rdt_core.words import Outcome
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from rdt_core import ray_session, tracing
 from rdt_core.client import CoordinatorClient, RayChannel
 from rdt_core.connection import Connection, ConnectRequest, leave, open_connection
-from rdt_core.coordinator import Outcome
 from rdt_core.describe import typed_view
 from rdt_core.digest import RegionDigest, digest_region
 from rdt_core.errors import (
@@ -23,6 +22,7 @@ from rdt_core.errors import (
 )
 from rdt_core.lending import GRACE_S, Lending, lent_shards
 from rdt_core.lifecycle import RankLife, RankState
+from rdt_core.words import Outcome
 
 if TYPE_CHECKING:
     from rdt_core.client import Channel

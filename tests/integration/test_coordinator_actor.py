@@ -1,0 +1,53 @@
+"""The coordinator as an actor: its share of the CPU, and one that another version of rdt-core has started."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from rdt_core.client import RayChannel, actor_name
+from rdt_core.errors import VersionSkewError
+from rdt_core.ray_session import NAMESPACE
+from tests.local_ray import CALL_TIMEOUT_S
+
+
+class Other:
+    """Has none of the methods that this version calls, and another ``leave``."""
+
+    def leave(self, engine: str) -> None:
+        """Takes one argument fewer."""
+
+
+def _niceness(_: Any) -> set[int]:
+    """Of every thread of the process that this runs in."""
+    threads = Path("/proc/self/task").iterdir()
+    return {os.getpriority(os.PRIO_PROCESS, int(thread.name)) for thread in threads}
+
+
+@pytest.mark.parametrize("call", [("topology",), ("leave", "engine", 0)])
+def test_a_coordinator_of_another_version_is_refused_by_name(
+    ray_cluster: str, group: str, call: tuple[object, ...]
+) -> None:
+    assert ray_cluster
+    where = {"name": actor_name(group), "namespace": NAMESPACE, "num_cpus": 0}
+    other = ray.remote(Other).options(**where).remote()
+    method, *args = call
+    with pytest.raises(VersionSkewError, match="one version of rdt-core"):
+        RayChannel.find(group).call(str(method), *args, timeout_s=CALL_TIMEOUT_S)
+    ray.kill(other)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="leaving the niceness of Ray's workers takes root")
+def test_the_coordinator_has_the_usual_share_of_a_busy_cpu(ray_cluster: str, group: str) -> None:
+    assert ray_cluster
+    channel = RayChannel.create(group)
+    channel.call("session", timeout_s=CALL_TIMEOUT_S)
+    actor = ray.get_actor(actor_name(group), namespace=NAMESPACE)
+    try:
+        assert ray.get(actor.__ray_call__.remote(_niceness), timeout=CALL_TIMEOUT_S) == {0}
+    finally:
+        channel.end()
