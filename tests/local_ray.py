@@ -15,7 +15,11 @@ CALL_TIMEOUT_S = 120.0
 
 @contextlib.contextmanager
 def local_ray(
-    *, num_gpus: int | None = None, tracing_hook: str | None = None, below: str | None = None
+    *,
+    num_gpus: int | None = None,
+    tracing_hook: str | None = None,
+    below: str | None = None,
+    metrics_port: int | None = None,
 ) -> Iterator[str]:
     """Start a cluster, join it, and yield its GCS address.
 
@@ -23,6 +27,7 @@ def local_ray(
         num_gpus: that are counted, or only named.
         tracing_hook: ``"module:function"`` that every process of the cluster calls when it starts.
         below: the folder for its files; a short path.
+        metrics_port: where Ray's agent, if what it needs is installed, exports metrics twice a second.
     """
     import ray
 
@@ -39,6 +44,8 @@ def local_ray(
             namespace="rdt",
             _temp_dir=temp_dir,
             _tracing_startup_hook=tracing_hook,
+            _metrics_export_port=metrics_port,
+            _system_config={"metrics_report_interval_ms": 500} if metrics_port else None,
         )
         try:
             yield ray.get_runtime_context().gcs_address

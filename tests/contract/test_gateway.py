@@ -321,6 +321,8 @@ def test_every_route_but_health_wants_the_key() -> None:
                 for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}):
                     answer = http.request(method, route.path, headers=headers)
                     assert answer.status_code == 401, (method, route.path)
+                    scheme = "Basic" if route.path == "/" else "Bearer"
+                    assert answer.headers["www-authenticate"].startswith(scheme)
         assert http.get("/health").json() == {"status": "healthy"}
         for unguarded in ("/docs", "/redoc"):
             assert http.get(unguarded).status_code == 404

@@ -89,6 +89,24 @@ def test_plan_reports_bytes_ways_and_balance(config: str) -> None:
     assert "How bytes land" in shown
 
 
+def test_plan_shows_what_goes_through_the_engines_own_loader_whole_and_why(config: str) -> None:
+    layouts = ("--trainer", "fsdp:dp=2", "--engine", "vllm:tp=2")
+    plain = read_json("plan", config, *layouts)
+    values = read_json("plan", config, *layouts, "--reload", r"\.down_proj\.")
+    way = values["ways"]["reload"]
+    assert way["num_tensors"] == 2
+    assert ".down_proj." in way["example"]
+    assert "cannot be replayed" in way["example"]
+    for before, after in zip(plain["ranks"], values["ranks"], strict=True):
+        # Every rank takes it whole, where it needs half of it for its own parameters.
+        more = after["nbytes"] - before["nbytes"]
+        assert more == way["nbytes"] / 4
+        assert after["parameter_nbytes"] == before["parameter_nbytes"]
+        assert after["landing_nbytes"] >= before["landing_nbytes"] + more + way["nbytes"] / 2
+    assert "matches no tensor" in run("plan", config, *layouts, "--reload", "nothing", code=1)
+    assert "no regular expression" in run("plan", config, *layouts, "--reload", "(", code=2)
+
+
 def test_plan_writes_a_heat_map_of_every_pair_that_meets(config: str, tmp_path: Path) -> None:
     page = tmp_path / "map.html"
     run("plan", config, "--trainer", "fsdp:dp=2", "--engine", "vllm:tp=2", "--html", str(page))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from rdt_core import WeightSync
 from rdt_core.client import CoordinatorClient, RayChannel
 from rdt_core.digest import RegionDigest, add_digests
 from rdt_core.errors import NotPublishedError, RdtError, UpdateFailedError
-from tests.e2e.processes import API_KEY, Server, Trainer, start_trainer
+from tests.e2e.processes import API_KEY, Server, Trainer, find_port, serve_command, start_trainer
 from tests.e2e.vllm.conftest import serve
 from tests.e2e.vllm.probe import NUM_TOKENS, PROMPTS
 from tests.published import wait_known
@@ -216,6 +218,45 @@ def test_vllms_own_update_routes_carry_out_a_sync_and_recover_from_a_failed_one(
     assert ask_all(server) == answers_of(1)
     assert server.get("/weight_info").json() == {"weight_version": "mine"}
     assert server.post("/shutdown_weight_transfer_engine").is_success
+
+
+def test_a_gateway_syncs_while_requests_run_and_leaves_nothing_paused_or_connected(
+    server: Server, trainer: Trainer, ray_address: str, checkpoint: Callable[[str, int], Path]
+) -> None:
+    version, pair = next_version(server), {"pair_name": "p"}
+    with gateway(ray_address) as http, ThreadPoolExecutor(2) as pool:
+        connect = {**pair, "group": trainer.group, "inference_worker_urls": [server.url]}
+        assert http.post("/connect", json=connect).json()["num_engines"] == 1
+        trainer.publish(checkpoint(FAMILY, 1), version)
+        running = [pool.submit(ask, server, prompt, LONG) for prompt in PROMPTS[:2]]
+        with stream(server, [3, 14], LONG) as chunks:
+            first = next(chunks)
+            done = http.post("/update_weights", json={**pair, "version": version})
+            rest = list(chunks)
+        assert (done.status_code, done.json()["status"]) == (200, "ok"), done.text
+        assert [len(future.result(timeout=120)) for future in running] == [LONG] * 2
+        assert sum(len(chunk["token_ids"]) for chunk in (first, *rest)) == LONG
+        assert http.post("/update_weights", json={**pair, "version": version}).json() == done.json()
+        late = http.post("/update_weights", json={**pair, "version": version + 1, "timeout_s": 1.0})
+        assert (late.status_code, late.json()["inference_weights_may_be_mutated"]) == (409, False)
+        assert not server.get("/is_paused").json()["is_paused"]
+        assert len(ask(server, PROMPTS[0], NUM_TOKENS)) == NUM_TOKENS
+        assert http.post("/disconnect", json=pair).status_code == 200
+    ranks = server.get("/rdt/status").json()["ranks"]
+    assert [(rank["group"], rank["version"]) for rank in ranks] == [(None, version)] * len(ranks)
+
+
+@contextmanager
+def gateway(ray_address: str) -> Iterator[httpx.Client]:
+    """A client of a gateway process of this cluster."""
+    port, key = find_port(), uuid.uuid4().hex
+    keys = {"RDT_GATEWAY_API_KEY": key, "RDT_ENGINE_API_KEY": API_KEY, "RAY_ADDRESS": ray_address}
+    command = [sys.executable, "-m", "rdt_core.gateway", "--host", "127.0.0.1", "--port", str(port)]
+    with (
+        serve_command(command, port, ready="/health", env={**os.environ, **keys}) as started,
+        httpx.Client(base_url=started.url, headers={"Authorization": f"Bearer {key}"}, timeout=120) as client,
+    ):
+        yield client
 
 
 def test_another_models_checkpoint_is_refused_at_connect_and_the_server_goes_on(

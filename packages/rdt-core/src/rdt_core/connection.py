@@ -29,10 +29,11 @@ from rdt_core.errors import (
     TransportUnavailableError,
 )
 from rdt_core.free_memory import measure_free_bytes, measure_host_share
-from rdt_core.landing import RELOAD_PREFIX, Landing, engine_manifest, make_landing
+from rdt_core.landing import Landing, engine_manifest, make_landing
 from rdt_core.link_prices import cost_over
 from rdt_core.links import LinkPlan, OpenLinks, Reader, choose_links, open_links
 from rdt_core.mode import AUTO, INPLACE, PINNED, choose_mode
+from rdt_core.plan import RELOAD_PREFIX
 from rdt_core.planner import ReadCost, build_plan
 from rdt_core.read_method import NEVER
 from rdt_core.reader_thread import ReaderThread

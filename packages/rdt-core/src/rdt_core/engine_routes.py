@@ -113,7 +113,8 @@ def key_guard(api_keys: Sequence[str]) -> Callable[[Request], None]:
         # Compare with all, so that time tells nothing about which one matched.
         matches = [secrets.compare_digest(sent, digest) for digest in digests]
         if scheme.lower() != "bearer" or not any(matches):
-            raise HTTPException(401, "send the server's API key as 'Authorization: Bearer KEY'")
+            how = "send the server's API key as 'Authorization: Bearer KEY'"
+            raise HTTPException(401, how, {"WWW-Authenticate": "Bearer"})
 
     return check
 

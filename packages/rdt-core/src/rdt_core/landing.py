@@ -12,7 +12,7 @@ from rdt_core.dtypes import itemsize_bytes
 from rdt_core.layout import row_major_strides
 from rdt_core.local_copies import LocalCopies
 from rdt_core.manifest import Manifest, Shard, Window
-from rdt_core.plan import DirectRead
+from rdt_core.plan import RELOAD_PREFIX, DirectRead
 from rdt_core.region import Region
 
 if TYPE_CHECKING:
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from rdt_core.manifest import TensorSpec
     from rdt_core.plan import Plan, Read
     from rdt_core.recording import Recording
-
-RELOAD_PREFIX = "reload:"
-"""Window names of checkpoint-layout buffers, which no parameter's name can begin with."""
 
 
 @dataclass(frozen=True, slots=True)

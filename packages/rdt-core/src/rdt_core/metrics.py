@@ -15,6 +15,15 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from rdt_core.errors import ConfigError, RdtError
+from rdt_core.measures import (
+    BUCKETS_S,
+    MEASURES,
+    Measure,
+    Sample,
+    ServedVersions,
+    measure_failure,
+    measure_sync,
+)
 
 try:
     import prometheus_client
@@ -28,10 +37,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from rdt_core.report import LinkReport, SyncFailure, SyncReport
-
-_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
-_PHASES = ("publish_wait", "prepare", "commit", "stall", "total")
+    from rdt_core.report import SyncFailure, SyncReport
 
 
 class SyncMetrics:
@@ -45,43 +51,8 @@ class SyncMetrics:
         self._registry = prometheus_client.REGISTRY if registry is None else registry
         self._lock = threading.Lock()
         self._status_of: dict[str, Callable[[], Mapping[str, Any]]] = {}
-        self._served: dict[str, dict[str, int]] = {}
-        options = {"registry": self._registry}
-        self._phase = prometheus_client.Histogram(
-            "rdt_sync_phase_seconds",
-            "Seconds of each phase of a completed sync; stall is how long generation stood.",
-            ["group", "phase"],
-            buckets=_BUCKETS_S,
-            **options,
-        )
-        self._syncs = prometheus_client.Counter("rdt_syncs", "Completed syncs.", ["group"], **options)
-        self._failures = prometheus_client.Counter(
-            "rdt_sync_failures",
-            "Syncs that ended without a commit, by the phase and the error that ended them.",
-            ["group", "phase", "error_type"],
-            **options,
-        )
-        self._bytes = prometheus_client.Counter(
-            "rdt_synced_bytes", "Payload that landed in engines.", ["group"], **options
-        )
-        self._link_bytes = prometheus_client.Counter(
-            "rdt_link_bytes", "Bytes that crossed links, by kind.", ["group", "transport"], **options
-        )
-        self._link_seconds = prometheus_client.Counter(
-            "rdt_link_seconds",
-            "Seconds that links of a kind were read, added up over links.",
-            ["group", "transport"],
-            **options,
-        )
-        self._link_rate = prometheus_client.Gauge(
-            "rdt_link_gigabytes_per_second",
-            "Rate of one link in the last sync, the mean over links of a kind.",
-            ["group", "transport"],
-            **options,
-        )
-        self._last_sync = prometheus_client.Gauge(
-            "rdt_last_sync_timestamp_seconds", "When the last completed sync began.", ["group"], **options
-        )
+        self._served = ServedVersions()
+        self._metrics = {measure.name: _make(measure, self._registry) for measure in MEASURES}
         self._registry.register(self)
 
     def watch(self, group: str, status_of: Callable[[], Mapping[str, Any]]) -> None:
@@ -97,44 +68,22 @@ class SyncMetrics:
     def on_connected(self, group: str, engines: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """Every engine is shown from now on, with the version it said that it holds."""
         with self._lock:
-            self._served[group] = {
-                engine: min((int(rank.get("version", 0)) for rank in ranks), default=0)
-                for engine, ranks in engines.items()
-            }
+            self._served.connect(group, engines)
 
     def on_synced(self, group: str, report: SyncReport) -> None:
         """Count a completed sync."""
         with self._lock:
-            served = self._served.setdefault(group, {})
-            behind = {failure.engine for failure in report.failures}
-            engines = {*served, *(row.engine for row in report.ranks)} - behind
-            served.update(dict.fromkeys(engines, report.version))
-        for failure in report.failures:
-            self._failures.labels(group, failure.phase, failure.error_type).inc()
-        for phase in _PHASES:
-            self._phase.labels(group, phase).observe(getattr(report, f"{phase}_s"))
-        self._syncs.labels(group).inc()
-        self._bytes.labels(group).inc(report.nbytes)
-        self._last_sync.labels(group).set(report.started_unix_s)
-        by_transport: dict[str, list[LinkReport]] = {}
-        for row in report.ranks:
-            for link in row.links:
-                by_transport.setdefault(link.transport, []).append(link)
-        for transport, links in by_transport.items():
-            nbytes, seconds = sum(link.nbytes for link in links), sum(link.seconds for link in links)
-            self._link_bytes.labels(group, transport).inc(nbytes)
-            self._link_seconds.labels(group, transport).inc(seconds)
-            if seconds:
-                self._link_rate.labels(group, transport).set(nbytes / seconds / 1e9)
+            self._served.sync(group, report)
+        self._add(measure_sync(group, report))
 
     def on_failed(self, group: str, failure: SyncFailure) -> None:
         """Count a failed sync."""
-        self._failures.labels(group, failure.phase, failure.error_type).inc()
+        self._add(measure_failure(group, failure))
 
     def on_closed(self, group: str) -> None:
         """The group's engines and its coordinator are no longer shown; what was counted stays."""
         with self._lock:
-            self._served.pop(group, None)
+            self._served.close(group)
             self._status_of.pop(group, None)
 
     def close(self) -> None:
@@ -151,7 +100,7 @@ class SyncMetrics:
     def collect(self) -> Iterable[Any]:
         """What is known at a scrape only. Called by prometheus_client; blocks for the coordinators."""
         with self._lock:
-            served = {group: dict(engines) for group, engines in self._served.items()}
+            served = self._served.all()
             status_of = dict(self._status_of)
         families = _Families()
         for group, engines in sorted(served.items()):
@@ -166,6 +115,27 @@ class SyncMetrics:
             families.up.add_metric([group], 1)
             families.add_status(group, status, served.get(group, {}))
         return families.all()
+
+    def _add(self, samples: Iterable[Sample]) -> None:
+        for sample in samples:
+            metric = self._metrics[sample.name].labels(*sample.labels)
+            if isinstance(metric, prometheus_client.Counter):
+                metric.inc(sample.value)
+            elif isinstance(metric, prometheus_client.Histogram):
+                metric.observe(sample.value)
+            else:
+                metric.set(sample.value)
+
+
+def _make(
+    measure: Measure, registry: Any
+) -> prometheus_client.Counter | prometheus_client.Gauge | prometheus_client.Histogram:
+    if measure.kind == "histogram":
+        return prometheus_client.Histogram(
+            measure.name, measure.description, measure.labels, buckets=BUCKETS_S, registry=registry
+        )
+    kind = prometheus_client.Counter if measure.kind == "counter" else prometheus_client.Gauge
+    return kind(measure.name, measure.description, measure.labels, registry=registry)
 
 
 class _Families:

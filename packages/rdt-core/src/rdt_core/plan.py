@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from rdt_core.region import Region
 
 
+RELOAD_PREFIX = "reload:"
+"""Before a tensor's name: the window that it lands in whole, for the engine's own loader to take at commit.
+
+No parameter's name can begin so.
+"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Read:
     """One one-sided copy: a contiguous byte range of a trainer's window into the landing buffer.

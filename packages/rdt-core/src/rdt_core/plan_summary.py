@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rdt_core.dtypes import itemsize_bytes
+from rdt_core.plan import RELOAD_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from rdt_core.manifest import Manifest
-    from rdt_core.plan import Plan
+    from rdt_core.plan import Copy, Plan
 
 MEANINGS = {
     "direct": "contiguous on the trainer: read as it lies",
@@ -20,8 +21,9 @@ MEANINGS = {
     "span": "columns of a matrix, read as the span around them",
     "packed": "columns of a matrix, packed by the trainer at publish",
     "cast": "wider than the engine's dtype, narrowed by the trainer at publish",
+    "reload": "whole, as in a checkpoint; the engine's own loader takes it at commit",
 }
-"""What the methods of :mod:`rdt_core.read_method` mean, for people."""
+"""How bytes land, for people: the methods of :mod:`rdt_core.read_method`, and the reload path."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ class RankTotal:
         num_reads: one-sided reads a version.
         by_trainer: bytes read from every trainer rank.
         parameter_nbytes: of the rank's own parameters.
-        landing_nbytes: memory that a version is read into.
+        landing_nbytes: memory that a version is read into, and that reloaded tensors are put together in.
         arena_nbytes: memory that trainer ranks keep for this rank beside their parameters.
     """
 
@@ -79,10 +81,12 @@ class PlanSummary:
     def add(self, engine: Manifest, plan: Plan) -> None:
         """Count one engine rank's plan."""
         for copy in plan.copies:
-            self._tensors[copy.method].add(copy.tensor)
-            self._copies[copy.method] += 1
-            self._nbytes[copy.method] += copy.region.num_elements * itemsize_bytes(copy.source_dtype)
-            self._examples.setdefault(copy.method, f"{copy.tensor}{copy.region}: {copy.reason}")
+            way, reason = _way_of(copy)
+            self._tensors[way].add(copy.tensor)
+            self._copies[way] += 1
+            self._nbytes[way] += copy.region.num_elements * itemsize_bytes(copy.source_dtype)
+            self._examples.setdefault(way, f"{copy.tensor}{copy.region}: {reason}")
+        reload_nbytes = sum(w.nbytes for w in engine.windows.values() if w.name.startswith(RELOAD_PREFIX))
         self.ranks.append(
             RankTotal(
                 rank=plan.engine_rank,
@@ -92,8 +96,8 @@ class PlanSummary:
                 by_trainer={
                     rank: sum(r.nbytes for r in plan.reads_from(rank)) for rank in plan.trainer_ranks
                 },
-                parameter_nbytes=sum(window.nbytes for window in engine.windows.values()),
-                landing_nbytes=plan.landing_nbytes,
+                parameter_nbytes=sum(window.nbytes for window in engine.windows.values()) - reload_nbytes,
+                landing_nbytes=plan.landing_nbytes + reload_nbytes,
                 arena_nbytes=plan.arena_bytes,
             )
         )
@@ -114,6 +118,13 @@ class PlanSummary:
         """Bytes read from every trainer rank, by rank."""
         total = sum_egress(rank.by_trainer for rank in self.ranks)
         return [total[rank] for rank in range(num_trainers)]
+
+
+def _way_of(copy: Copy) -> tuple[str, str]:
+    """By which way a copy's bytes land, and why."""
+    if copy.window.startswith(RELOAD_PREFIX):
+        return "reload", f"the engine's loader cannot be replayed by reads; read {copy.method}, {copy.reason}"
+    return copy.method, copy.reason
 
 
 def sum_egress(rows: Iterable[Mapping[int, int]]) -> Counter[int]:

@@ -78,6 +78,9 @@ def _show_group(found: dict[str, Any]) -> None:
                 for row in found["engines"]
             ],
         )
+    for row in found["engines"]:
+        for tensor, reason in row.get("reload", {}).items():
+            print_lines(f"rank {row['rank']} of {row['engine']} reloads {tensor}: {reason}")
     if found["syncs"]:
         print_table(
             "Last syncs",

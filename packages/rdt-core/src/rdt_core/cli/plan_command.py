@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path  # noqa: TC003  typer reads annotations at run time
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ from rdt_core.cli.inputs import (
 )
 from rdt_core.cli.output import print_json, print_lines, print_table, show_bytes
 from rdt_core.models.parameter import build_manifest
+from rdt_core.models.reloaded import ReloadedLayout
 from rdt_core.plan_summary import MEANINGS, PlanSummary, imbalance
 from rdt_core.planner import build_plan_from
 from rdt_core.sources import SourceIndex
@@ -31,13 +33,29 @@ from rdt_core.sources import SourceIndex
 _MAX_ROWS = 32
 
 
-def run(
+def _parse_pattern(text: str) -> re.Pattern[str]:
+    """For typer: a regular expression, or a usage error."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise typer.BadParameter(f"{text!r} is no regular expression: {error}.") from None
+
+
+def run(  # noqa: PLR0913, PLR0917  options of the command line
     model_config: ModelArgument = None,
     preset: PresetOption = None,
     trainer: TrainerOption = None,
     engine: EngineOption = None,
     trainers: TrainersOption = None,
     rank: Annotated[int | None, typer.Option(min=0, help="Plan this engine rank only.")] = None,
+    reload: Annotated[
+        re.Pattern[str] | None,
+        typer.Option(
+            metavar="REGEX",
+            parser=_parse_pattern,
+            help="Tensors that the engine's own loader must take; `rdt status` shows which an engine has.",
+        ),
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a heat map of who reads how much from whom.")
     ] = None,
@@ -50,6 +68,8 @@ def run(
     """
     scenario = find_scenario(model_config, preset, trainer, engine, trainers)
     held, served = scenario.both()
+    if reload is not None:
+        served = ReloadedLayout(served, reload)
     if rank is not None and rank >= served.world_size:
         raise typer.BadParameter(f"--rank {rank} is not one of the engine's {served.world_size} ranks.")
     sources = SourceIndex(manifests_of(held))

@@ -68,7 +68,7 @@ def build_manifest(layout: Layout, rank: int, node: str) -> Manifest:
 
 def _append_shards(parameter: Parameter, shards: list[Shard], tensors: dict[str, TensorSpec]) -> int:
     end = 0
-    itemsize = 1
+    itemsize = itemsize_bytes(parameter.dtype) if parameter.dtype else 1
     for spec, region in parameter.parts:
         dtype = parameter.dtype or spec.dtype
         itemsize = itemsize_bytes(dtype)
