@@ -158,6 +158,9 @@ MEGATRON_LATEST = Environment(
     (CONSTRAINTS / "torch-cpu.txt", CONSTRAINTS / "megatron-latest.txt"),
     python="3.12",
 )
+RAY_DASHBOARD = Environment(
+    "env-ray-dashboard", (CONSTRAINTS / "torch-cpu.txt", CONSTRAINTS / "ray-dashboard.txt")
+)
 VLLM = Environment("env-vllm", (CONSTRAINTS / "vllm-latest.txt",), (STAND_INS / "vllm-cpu-shim",))
 SGLANG = Environment(
     "env-sglang",
@@ -272,6 +275,14 @@ def env_megatron(session: nox.Session) -> None:
 def env_megatron_latest(session: nox.Session) -> None:
     """Build the same with the newest Megatron-core; needs Python 3.12."""
     build_environment(session, MEGATRON_LATEST)
+
+
+@nox.session(
+    name="env-ray-dashboard", python=TORCH_PYTHON, default=False, reuse_venv=RAY_DASHBOARD.is_built()
+)
+def env_ray_dashboard(session: nox.Session) -> None:
+    """Build the environment with Ray's dashboard agent."""
+    build_environment(session, RAY_DASHBOARD)
 
 
 @nox.session(name="env-vllm", python=TORCH_PYTHON, default=False, reuse_venv=VLLM.is_built())
@@ -425,6 +436,12 @@ def examples(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Run benchmarks/sync.py. Arguments after -- go to it."""
     run_in(session, TORCH, "benchmarks/sync.py", *session.posargs, patience_s=30)
+
+
+@nox.session(name="ray-metrics", venv_backend="none", requires=["env-ray-dashboard"], default=False)
+def ray_metrics(session: nox.Session) -> None:
+    """Sync under a Ray with a dashboard, and read the metrics that its agent exports."""
+    run_in(session, RAY_DASHBOARD, "-m", "pytest", "tests/ray_dashboard", *session.posargs)
 
 
 @nox.session(requires=["env-torch"], python=TORCH_PYTHON, default=False)
