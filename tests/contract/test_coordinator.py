@@ -343,6 +343,17 @@ def test_the_last_trainer_that_leaves_ends_the_coordinator(client: CoordinatorCl
         client.status()
 
 
+@pytest.mark.parametrize("life", range(3))
+def test_a_trainer_that_attaches_right_after_the_last_one_left_gets_a_coordinator_of_its_own(
+    ray_cluster: str, life: int
+) -> None:
+    assert ray_cluster
+    client = CoordinatorClient(RayChannel.create("again"))
+    assert client.attach(0, 1, f"life {life}", b"") == 0
+    client.publish(0, f"life {life}", 1 + life)
+    client.detach(0, f"life {life}")
+
+
 def test_an_unknown_group_is_refused_by_name(ray_cluster: str) -> None:
     assert ray_cluster
     with pytest.raises(UnknownGroupError, match="no-such-group"):

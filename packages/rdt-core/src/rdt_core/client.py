@@ -43,6 +43,9 @@ ATTACH_TIMEOUT_S = 60.0
 _RESTART_LOOK_S = 0.2
 """How often a member looks whether the coordinator is back."""
 
+_END_LOOK_S = 0.01
+"""How often the last trainer rank that leaves looks whether the coordinator has ended."""
+
 
 class Channel(Protocol):
     """Runs a coordinator's coroutine and returns its result, wherever the coordinator lives."""
@@ -236,8 +239,20 @@ class RayChannel:
     def end(self) -> None:
         """See :class:`Channel`."""
         import ray  # noqa: PLC0415
+        from ray import exceptions  # noqa: PLC0415
 
         ray.kill(self._actor)
+        # Killing is a request: until it is carried out, a trainer that attaches again would find this one.
+        deadline, pause = time.monotonic() + CALL_TIMEOUT_S, threading.Event()
+        while time.monotonic() < deadline and ray_session.is_node_there():
+            try:
+                ray.get(self._actor.session.remote(), timeout=1.0)
+            except exceptions.ActorDiedError:
+                return
+            except exceptions.RayError:
+                pass  # it is dying
+            pause.wait(_END_LOOK_S)
+        logger.warning("the coordinator of group %s was told to end and has not yet", self._group)
 
 
 def _last_line(error: BaseException) -> str:
