@@ -156,7 +156,7 @@ class RayChannel:
             raise CoordinatorLostError(self._group, "the Ray node of this process has ended")
         line = self._find_line() if method in METHODS else None
         if line is None:
-            ref = self._call_actor(method, args)
+            ref = self._call_actor(method, args, tracing.traceparent())
             return lambda timeout_s: self._result(ref, method, timeout_s)
         try:
             wait = line.start(method, *args)
@@ -176,9 +176,8 @@ class RayChannel:
 
         return result
 
-    def _call_actor(self, method: str, args: tuple[object, ...]) -> Any:
+    def _call_actor(self, method: str, args: tuple[object, ...] = (), traceparent: str = "") -> Any:
         """Call through Ray, which checks the arguments here, against the class that the trainers sent it."""
-        traceparent = tracing.traceparent()
         try:
             if traceparent:
                 return self._actor.call.remote(method, args, traceparent)
@@ -197,7 +196,7 @@ class RayChannel:
     def _find_line(self) -> Line | None:
         with self._asking:
             if not self._has_asked:
-                address = self._result(self._call_actor("open_line", ()), "open_line", ATTACH_TIMEOUT_S)
+                address = self._result(self._call_actor("open_line"), "open_line", ATTACH_TIMEOUT_S)
                 self._has_asked = True
                 try:
                     self._line = Line(address, self._group)
