@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]  # has no types
 
 from tests.e2e.processes import API_KEY, ROOT, Server, Trainer, find_port, serve_command, start_trainer
 from tests.e2e.sglang.asking import ask_all, auth_mode
@@ -27,6 +29,9 @@ CASES = {
     "dp2": ("qwen3", 1, ["--dp", "2", "--sleep-on-idle"]),
     "tp2-moe": ("qwen3_moe", 0, ["--tp", "2", "--sleep-on-idle"]),
 }
+
+# The case among the parameters in a test's name.
+CASE_IN_ID = re.compile(rf"[\[-]({'|'.join(CASES)})[\]-]")
 
 # Loopback only, one thread a process, no network lookups, no compiler.
 ENGINE_ENV = {
@@ -78,16 +83,20 @@ def breakable(fault: Path) -> dict[str, str]:
     return {"RDT_TEST_FAULT": str(fault), "PYTHONPATH": path}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests of a case run in one process, whatever file they are in, so that they share its server."""
-    for item in items:
-        case = (
-            item.callspec.params.get("case")
-            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-            else None
-        )
-        item.add_marker(pytest.mark.xdist_group(case or item.path.stem))
+class OneServerEach(LoadScopeScheduling):  # type: ignore[misc]  # see its import
+    """All tests of a case run in one process, whatever file they are in, so that they share its server.
+
+    pytest-xdist 3.8 has ``--dist loadgroup`` for this, which has no effect under pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        case = CASE_IN_ID.search(nodeid)
+        return case[1] if case else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneServerEach:
+    """Give tests to processes by their server, then by their file. Called where ``-n`` is given."""
+    return OneServerEach(config, log)
 
 
 @pytest.fixture(scope="session", params=CASES)
