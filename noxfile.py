@@ -27,21 +27,6 @@ nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_venv = "yes"
 nox.options.envdir = ".nox"
-nox.options.sessions = [
-    "lint",
-    "typecheck",
-    "unit",
-    "contract",
-    "integration",
-    "faults",
-    "chaos",
-    "integration-megatron",
-    "e2e-vllm",
-    "e2e-sglang",
-    "demo",
-    "examples",
-    "build",
-]
 
 ROOT = Path(__file__).parent
 PACKAGES = ("rdt-core", "rdt-megatron", "rdt-vllm", "rdt-sglang")
@@ -259,42 +244,29 @@ def run_in(
     )
 
 
-@nox.session(name="env-torch", python=TORCH_PYTHON, default=False, reuse_venv=TORCH.is_built())
-def env_torch(session: nox.Session) -> None:
-    """Build the environment with torch, ray and nixl that several sessions share."""
-    build_environment(session, TORCH)
+def add_environment_session(environment: Environment, purpose: str) -> None:
+    """The session that builds a shared environment."""
+
+    def build(session: nox.Session) -> None:
+        build_environment(session, environment)
+
+    build.__doc__ = f"Build the environment with {purpose}."
+    is_usual = environment.python == TORCH_PYTHON_VERSION
+    make_session = nox.session(
+        name=environment.session,
+        python=TORCH_PYTHON if is_usual else environment.python,
+        default=False,
+        reuse_venv=environment.is_built(),
+    )
+    make_session(build)
 
 
-@nox.session(name="env-megatron", python=TORCH_PYTHON, default=False, reuse_venv=MEGATRON.is_built())
-def env_megatron(session: nox.Session) -> None:
-    """Build the environment with Megatron-core that integration-megatron and e2e-megatron share."""
-    build_environment(session, MEGATRON)
-
-
-@nox.session(name="env-megatron-latest", python="3.12", default=False, reuse_venv=MEGATRON_LATEST.is_built())
-def env_megatron_latest(session: nox.Session) -> None:
-    """Build the same with the newest Megatron-core; needs Python 3.12."""
-    build_environment(session, MEGATRON_LATEST)
-
-
-@nox.session(
-    name="env-ray-dashboard", python=TORCH_PYTHON, default=False, reuse_venv=RAY_DASHBOARD.is_built()
-)
-def env_ray_dashboard(session: nox.Session) -> None:
-    """Build the environment with Ray's dashboard agent."""
-    build_environment(session, RAY_DASHBOARD)
-
-
-@nox.session(name="env-vllm", python=TORCH_PYTHON, default=False, reuse_venv=VLLM.is_built())
-def env_vllm(session: nox.Session) -> None:
-    """Build the environment with vLLM's CPU build that e2e-vllm and demo share."""
-    build_environment(session, VLLM)
-
-
-@nox.session(name="env-sglang", python=TORCH_PYTHON, default=False, reuse_venv=SGLANG.is_built())
-def env_sglang(session: nox.Session) -> None:
-    """Build the environment with SGLang in plain torch that e2e-sglang and demo share."""
-    build_environment(session, SGLANG)
+add_environment_session(TORCH, "torch, ray and nixl that several sessions share")
+add_environment_session(MEGATRON, "Megatron-core beside them")
+add_environment_session(MEGATRON_LATEST, "the newest Megatron-core, which needs Python 3.12")
+add_environment_session(RAY_DASHBOARD, "Ray's dashboard agent")
+add_environment_session(VLLM, "vLLM's CPU build")
+add_environment_session(SGLANG, "SGLang in plain torch")
 
 
 @nox.session

@@ -9,20 +9,13 @@ the same process (the way to one in Ray is in ``benchmarks/sync.py``).
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import json
-import os
-import platform
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from by_size import run_by_size
 from torch import nn
 
 from rdt_core import WeightPublisher
@@ -83,32 +76,5 @@ def resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
-def main() -> None:
-    """Measure every size and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.only is not None:
-        sys.stdout.write(json.dumps(measure(args.only)))
-        return
-    rows = [json.loads(subprocess.check_output([sys.executable, __file__, "--only", str(n)])) for n in SIZES]
-    result = {
-        "case": "attach",
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "load_average": os.getloadavg()[0],
-        },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}
-        | {"rdt-core": importlib.metadata.version("rdt-core")},
-        "results": rows,
-    }
-    text = json.dumps(result, indent=1)
-    if args.json is not None:
-        args.json.write_text(text + "\n")
-    sys.stdout.write(text + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run_by_size("attach", __file__, SIZES, measure, ("rdt-core", "torch"))

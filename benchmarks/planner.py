@@ -8,16 +8,11 @@ tensor is two reads. Every size is measured in a process of its own, from the ma
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import resource
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from by_size import run_by_size
 
 from rdt_core.layout import row_major_strides
 from rdt_core.manifest import Manifest, Shard, TensorSpec, Window
@@ -75,23 +70,5 @@ def describe(side: str, rank: int, world_size: int, names: list[str], rows: tupl
     )
 
 
-def main() -> None:
-    """Measure every size and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.only is not None:
-        sys.stdout.write(json.dumps(measure(args.only)))
-        return
-    rows = [json.loads(subprocess.check_output([sys.executable, __file__, "--only", str(n)])) for n in SIZES]
-    machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
-    result = {"case": "planner", "machine": machine, "python": platform.python_version(), "results": rows}
-    text = json.dumps(result, indent=1)
-    if args.json is not None:
-        args.json.write_text(text + "\n")
-    sys.stdout.write(text + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run_by_size("planner", __file__, SIZES, measure)

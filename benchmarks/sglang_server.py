@@ -15,9 +15,7 @@ import contextlib
 import itertools
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -28,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import ray
 import torch
+from engine_server import find_port, run_server
 from hf_trainer import HfTrainer
 from sync import machine, ray_cluster, versions
 
@@ -35,7 +34,8 @@ from rdt_core import WeightSync
 from rdt_core.engine_http import EngineHttp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
 TIMEOUT_S = 600.0
 PROMPT = [11, 523, 871, 77, 902, 4, 151, 621, 33, 18, 990, 444, 21, 7, 5, 123]
@@ -62,45 +62,15 @@ ON_CPU = [
 CPU_ENV = {"OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1", "TORCHDYNAMO_DISABLE": "1"}
 
 
-@contextlib.contextmanager
-def sglang_server(folder: str, log: Path, *arguments: str) -> Iterator[tuple[str, int]]:
+def sglang_server(folder: str, log: Path, *arguments: str) -> AbstractContextManager[tuple[str, int]]:
     """A server, once it is ready; yields its URL and its process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", folder, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--random-seed", "1", *arguments]
     is_cpu = not torch.cuda.is_available()
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", **(CPU_ENV if is_cpu else {})}
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [*command, *(ON_CPU if is_cpu else ())],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=env,
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + TIMEOUT_S
-        while not is_ready(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"SGLang did not start:\n{log.read_text(errors='replace')[-4000:]}")
-            time.sleep(0.5)
-        yield url, process.pid
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        process.kill()
-        process.wait(20)
-
-
-def is_ready(url: str) -> bool:
-    """Whether the server answers."""
-    with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(f"{url}/model_info", timeout=2).is_success
-    return False
+    command += ON_CPU if is_cpu else []
+    env = {"HF_HUB_OFFLINE": "1", **(CPU_ENV if is_cpu else {})}
+    return run_server(command, port, ready="/model_info", log=log, env=env)
 
 
 class Load:
@@ -171,8 +141,8 @@ def measure_turn(load: Load, server_pid: int, seconds: float, work: Callable[[fl
 
 
 def rest(deadline: float) -> int:
-    """Nothing but waiting."""
-    time.sleep(max(0.0, deadline - time.monotonic()))
+    """Nothing but waiting: a turn to compare with."""
+    time.sleep(max(0.0, deadline - time.monotonic()))  # the length of a turn
     return 0
 
 

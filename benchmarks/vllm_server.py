@@ -10,12 +10,8 @@ with those of a second, plain vLLM that loaded the same weights from a checkpoin
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -26,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import ray
 import torch
+from engine_server import find_port, run_server
 from hf_trainer import HfTrainer
 from sync import machine, ray_cluster, versions
 
 from rdt_core import WeightSync
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 TIMEOUT_S = 240.0
 WARM_UP = 5
@@ -52,44 +49,14 @@ SHAPE = {
 }
 
 
-@contextlib.contextmanager
-def vllm_server(folder: str, log: Path, *arguments: str) -> Iterator[str]:
-    """A server with CUDA graphs, once it is ready; yields its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def vllm_server(folder: str, log: Path, *arguments: str) -> AbstractContextManager[tuple[str, int]]:
+    """A server with CUDA graphs, once it is ready; yields its URL and its process."""
+    port = find_port()
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, "--port", str(port)]
     command += ["--host", "127.0.0.1", "--served-model-name", "m", "--max-model-len", "1024"]
     command += ["--gpu-memory-utilization", "0.3", "--max-num-seqs", "32", *arguments]
-    env = {
-        **os.environ,
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + TIMEOUT_S
-        while not is_ready(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"vLLM did not start:\n{log.read_text(errors='replace')[-4000:]}")
-            time.sleep(0.5)
-        yield url
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        process.kill()
-        process.wait(20)
-
-
-def is_ready(url: str) -> bool:
-    """Whether the server answers."""
-    with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(f"{url}/health", timeout=2).is_success
-    return False
+    env = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    return run_server(command, port, ready="/health", log=log, env=env)
 
 
 class Load:
@@ -187,7 +154,7 @@ def main() -> None:
         ray.get(trainer.attach.remote("vllm"), timeout=TIMEOUT_S)
         started = time.perf_counter()
         flag = ("--weight-sync", "rdt", "--load-format", "dummy")
-        with vllm_server(folder, args.logs / "vllm-rdt.log", *flag) as url:
+        with vllm_server(folder, args.logs / "vllm-rdt.log", *flag) as (url, _):
             note(result, "start_s", round(time.perf_counter() - started, 1))
             before = prompt_logprobs(url)
             version = 1
@@ -222,7 +189,7 @@ def main() -> None:
                 synced = prompt_logprobs(url)
         ray.get(trainer.close.remote(), timeout=TIMEOUT_S)
         ray.kill(trainer)
-        with vllm_server(folder, args.logs / "vllm-plain.log") as url:
+        with vllm_server(folder, args.logs / "vllm-plain.log") as (url, _):
             plain = prompt_logprobs(url)
         note(result, "logprobs_before", max(abs(a - b) for a, b in zip(before, plain, strict=True)))
         note(result, "logprobs_after", max(abs(a - b) for a, b in zip(synced, plain, strict=True)))

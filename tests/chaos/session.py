@@ -111,7 +111,7 @@ class Session:
             self._step()
             if len(self.reports) > before and not self._coming and len(self._members()) == len(self._places):
                 return
-            time.sleep(0.2)
+            time.sleep(0.2)  # between two tries; the loop has a deadline
         self.hangs.append("the group did not become whole again after the last fault")
 
     def _members(self) -> set[str]:
@@ -216,7 +216,7 @@ class Session:
                 self._say(f"{fault.kind} {engine.kind.name} {fault.lasts_s:.1f} s")
                 engine.signal(number)
                 if number == signal.SIGSTOP:
-                    time.sleep(fault.lasts_s)
+                    time.sleep(fault.lasts_s)  # that it stands still for so long is the fault itself
                     engine.signal(signal.SIGCONT)
             case "trainer":
                 pid = self._trainers.pids[fault.target % len(self._trainers.pids)]
@@ -242,7 +242,7 @@ class Session:
         self._say(f"{fault.kind} {fault.lasts_s:.1f} s")
         os.kill(pid, number)
         if number == signal.SIGSTOP:
-            time.sleep(fault.lasts_s)
+            time.sleep(fault.lasts_s)  # the fault itself
             os.kill(pid, signal.SIGCONT)
 
     def stop_load(self) -> None:

@@ -143,6 +143,7 @@ class Connection:
             if verify is not None:
                 self._compare_digests(version, timeout_s)
         except BaseException:
+            # Ctrl-C too must not have the trainer wait for a lease until its deadline.
             with contextlib.suppress(RdtError):
                 self.source.drop_lease(lease)
             raise

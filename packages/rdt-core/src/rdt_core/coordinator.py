@@ -34,7 +34,7 @@ from rdt_core.timeouts import check_timeout
 from rdt_core.words import NOTHING_SAID, LastWords, Outcome, TrainerTask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 POLL_S = 2.0
 """How long a trainer rank's request for tasks is held open; it doubles as its sign of life."""
@@ -103,21 +103,21 @@ class Coordinator:
             last: what a rank that introduces itself again, to a coordinator that was restarted, had said to
                 the one before.
         """
-        known = self._trainers.get(rank)
-        if known is not None and known.instance == instance:
-            await self._hear(known, last.version)
-            return known.version
-        while known is not None:
+        earlier: _Trainer | None = None
+        while (known := self._trainers.get(rank)) is not None:
+            if known.instance == instance:
+                await self._hear(known, last.version)
+                return known.version
             await self._wait_until_silent_or_alive(rank, known)
-            now = self._trainers.get(rank)
-            if now is None or now is known:
+            earlier = known
+            # Otherwise it has left, or somebody else has taken its place meanwhile.
+            if self._trainers.get(rank) is known:
                 break
-            known = now  # somebody else has taken the place meanwhile
         await self._settle_world_size(rank, world_size)
         if last.session and not self._trainers:
             self._session = last.session
         # Whatever an earlier process of this rank published, this one's memory does not hold it.
-        version = last.version or (known.version if known else 0) or self._floor
+        version = last.version or (earlier.version if earlier else 0) or self._floor
         self._trainers[rank] = _Trainer(
             instance,
             manifest,
@@ -233,10 +233,11 @@ class Coordinator:
 
         Ranks that a restarted coordinator does not know yet have the time to introduce themselves.
         """
-        await self._wait(lambda: set(payloads) <= set(self._trainers), min(timeout_s, SILENT_S))
+        started = self._clock()
+        await self._wait(lambda: not self._awaited(payloads), min(timeout_s, SILENT_S))
         gone = tuple(sorted(set(payloads) - self._live_ranks()))
         if gone:
-            raise MissingTrainerRankError(self._group, gone, self._world_size, 0.0)
+            raise MissingTrainerRankError(self._group, gone, self._world_size, self._clock() - started)
         numbers = {rank: next(self._numbers) for rank in payloads}
         self._open_tasks.update(numbers.values())
         traceparent = tracing.traceparent()
@@ -247,8 +248,8 @@ class Coordinator:
         def unanswered() -> set[int]:
             return {rank for rank, number in numbers.items() if number not in self._outcomes}
 
-        started = self._clock()
-        await self._wait(lambda: not unanswered() or bool(unanswered() - self._live_ranks()), timeout_s)
+        left_s = started + timeout_s - self._clock()
+        await self._wait(lambda: not unanswered() or bool(unanswered() - self._live_ranks()), left_s)
         late = tuple(sorted(unanswered()))
         self._open_tasks.difference_update(numbers.values())
         outcomes = {rank: self._outcomes.pop(n) for rank, n in numbers.items() if n in self._outcomes}
@@ -438,6 +439,12 @@ class Coordinator:
 
     def _missing(self) -> tuple[int, ...]:
         return tuple(sorted(set(range(self._world_size)) - self._live_ranks()))
+
+    def _awaited(self, ranks: Iterable[int]) -> set[int]:
+        """Those that are part of the group, as far as it is known, and have not introduced themselves."""
+        return {
+            r for r in ranks if r not in self._trainers and (not self._world_size or r < self._world_size)
+        }
 
     def _behind(self, version: int) -> tuple[int, ...]:
         held = {rank: trainer.version for rank, trainer in self._trainers.items()}

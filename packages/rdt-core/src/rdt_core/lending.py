@@ -53,6 +53,7 @@ class Lending:
             try:
                 publisher.publish(version)
             except BaseException:
+                # Whatever it is, its threads must not outlive it.
                 publisher.close()
                 raise
             self._publisher = publisher

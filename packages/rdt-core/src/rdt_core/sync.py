@@ -256,6 +256,7 @@ class WeightSync:
                 welcome = Welcome(self._client, self._pool, member, self._asked, timeout_s)
                 report = welcome.join(list(self._members.values()), current)
             except BaseException:
+                # Ctrl-C too must leave no engine in the group that this driver does not know.
                 self._part_with(member)
                 raise
             self._members[member.url] = member

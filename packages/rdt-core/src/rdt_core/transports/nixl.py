@@ -172,17 +172,15 @@ class NixlLink:
             raise SourceDiedError(self._trainer_rank, "the Ray node of this process has ended")
         try:
             got = ray.get(cast("Any", self._ref), timeout=timeout_s)
-        except exceptions.GetTimeoutError as error:
-            _release_transfer(error)
-            raise PullTimeoutError(self._trainer_rank, timeout_s) from None
-        except (exceptions.RayDirectTransportError, exceptions.ObjectLostError) as error:
-            _release_transfer(error)
-            raise SourceDiedError(self._trainer_rank, type(error).__name__) from error
-        except ValueError as error:
-            _release_transfer(error)
-            raise TransportError(f"Ray refused the targets: {error}") from error
         except BaseException as error:
+            # Whatever it is, Ctrl-C too: what Ray collects later may take the process with it.
             _release_transfer(error)
+            if isinstance(error, exceptions.GetTimeoutError):
+                raise PullTimeoutError(self._trainer_rank, timeout_s) from None
+            if isinstance(error, (exceptions.RayDirectTransportError, exceptions.ObjectLostError)):
+                raise SourceDiedError(self._trainer_rank, type(error).__name__) from error
+            if isinstance(error, ValueError):
+                raise TransportError(f"Ray refused the targets: {error}") from error
             raise
         if [tensor.data_ptr() for tensor in got] != self._addresses:
             raise TransportError(
