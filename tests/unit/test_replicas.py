@@ -17,7 +17,7 @@ from rdt_core.models.units import describe_model
 from rdt_core.plan_summary import PlanSummary, imbalance
 from rdt_core.planner import build_plan_from
 from rdt_core.region import Region
-from rdt_core.replicas import Option, choose_replicas
+from rdt_core.replicas import Option, Reader, choose_replicas
 from rdt_core.sources import Holder, SourceIndex
 
 NUM_RANKS = 6
@@ -52,7 +52,8 @@ def holder(index: int, rank: int) -> Holder:
 
 def loads_of(tensors: list[Tensor], engine_rank: int = 0) -> Counter[int]:
     options = options_of(tensors)
-    chosen = choose_replicas(options, dict.fromkeys(range(NUM_RANKS), "far"), "here", engine_rank)
+    reader = Reader(node="here", rank=engine_rank, world_size=1)
+    chosen = choose_replicas(options, dict.fromkeys(range(NUM_RANKS), "far"), reader)
     loads: Counter[int] = Counter()
     for option, found in zip(options, chosen, strict=True):
         assert found in option.holders

@@ -17,7 +17,7 @@ from rdt_core.errors import CoverageError, DtypeError, ShapeError, UnknownTensor
 from rdt_core.layout import offset_of
 from rdt_core.lowering import lower_pieces
 from rdt_core.read_method import Piece, ReadCost
-from rdt_core.replicas import Option, choose_replicas
+from rdt_core.replicas import Option, Reader, choose_replicas
 from rdt_core.sources import SourceIndex
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def build_plan_from(engine: Manifest, sources: SourceIndex, *, cost: ReadCost | 
     """Like :func:`build_plan`, for callers who plan many engine ranks against one set of trainers."""
     needs = [need for shard in engine.shards for need in _find_needs(engine, shard, sources)]
     options = [Option(need.holders, _nbytes_of(need.region, need.holders[0])) for need in needs]
-    chosen = choose_replicas(options, sources.nodes, engine.node, engine.rank)
+    reader = Reader(node=engine.node, rank=engine.rank, world_size=engine.world_size)
+    chosen = choose_replicas(options, sources.nodes, reader)
     pieces = [
         Piece(
             trainer_rank=holder.trainer_rank,

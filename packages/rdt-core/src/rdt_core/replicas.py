@@ -47,20 +47,32 @@ class _Group:
     nbytes: int = 0
 
 
-def choose_replicas(
-    options: Sequence[Option], nodes: Mapping[int, str], engine_node: str, engine_rank: int
-) -> list[Holder]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """The engine rank that reads.
+
+    Args:
+        node: that it is on.
+        rank: in its engine.
+        world_size: ranks of its engine.
+    """
+
+    node: str
+    rank: int
+    world_size: int
+
+
+def choose_replicas(options: Sequence[Option], nodes: Mapping[int, str], reader: Reader) -> list[Holder]:
     """One holder for every option, in order. Deterministic; engine ranks break ties differently.
 
     Args:
         options: of one engine rank.
         nodes: of all trainer ranks.
-        engine_node: of the engine rank.
-        engine_rank: in its engine.
+        reader: the engine rank.
     """
-    near = {rank for rank, node in nodes.items() if node == engine_node}
+    near = {rank for rank, node in nodes.items() if node == reader.node}
     groups = _group(options, near)
-    spread = _Spread(groups, engine_node, engine_rank)
+    spread = _Spread(groups, reader)
     chosen: list[Holder | None] = [None] * len(options)
     # What has no choice first, then the largest: what is small evens out what is left.
     for group in sorted(groups, key=lambda group: (len(group.ranks) > 1, -group.nbytes, group.members[0])):
@@ -88,9 +100,8 @@ def _group(options: Sequence[Option], near: Collection[int]) -> list[_Group]:
 class _Spread:
     """Bytes given to every trainer rank so far, and how many it may be given to spare a link."""
 
-    def __init__(self, groups: Sequence[_Group], engine_node: str, engine_rank: int) -> None:
-        self._engine_rank = engine_rank
-        self._offset = zlib.crc32(engine_node.encode("utf-8", "replace"))
+    def __init__(self, groups: Sequence[_Group], reader: Reader) -> None:
+        self._reader = reader
         self._given: dict[int, int] = {}
         fixed: Counter[int] = Counter()
         for group in groups:
@@ -114,21 +125,32 @@ class _Spread:
     def _start(self, ranks: Sequence[int]) -> int:
         """Where this engine rank begins among equals, so that engine ranks that need the same begin apart.
 
-        If it reads from one of these already, which is then its own as others have theirs: right behind that.
-        If not, such ranks are neighbours, or a stride of 2, 4, 8 apart, and the sum of a rank's digits in
-        base ``len(ranks)`` sends either kind to different places, which the rank itself does not.
+        If it reads from some of these already, the largest is its own as others have theirs: right behind
+        that. If it reads from none, or from all as every rank of a tensor-parallel engine does, engine ranks
+        that need the same are neighbours, or a stride of 2, 4, 8 apart. The sum of a rank's digits in base
+        ``len(ranks)`` sends either kind to different places, which the rank itself does not; it stands for
+        its own, so that both kinds of engine ranks agree. Engines begin apart by their node, but where the
+        ranks of one engine come out even already.
         """
         count = len(ranks)
         if count == 1:
             return 0
-        most = max(range(count), key=lambda index: self._given.get(ranks[index], 0))
-        if ranks[most] in self._given:
-            return (most + 1) % count
-        rest, total = self._engine_rank, self._offset
-        while rest:
-            rest, digit = divmod(rest, count)
-            total += digit
-        return total % count
+        linked = [index for index in range(count) if ranks[index] in self._given]
+        if 0 < len(linked) < count:
+            own = max(linked, key=lambda index: self._given[ranks[index]])
+        else:
+            own = _sum_digits(self._reader.rank, base=count)
+            if self._reader.world_size % count:
+                own += zlib.crc32(self._reader.node.encode("utf-8", "replace"))
+        return (own + 1) % count
+
+
+def _sum_digits(number: int, *, base: int) -> int:
+    total = 0
+    while number:
+        number, digit = divmod(number, base)
+        total += digit
+    return total
 
 
 def _even_level(levels: Sequence[int], sizes: Sequence[int]) -> float:
