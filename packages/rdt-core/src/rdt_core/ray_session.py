@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rdt_core.errors import NoRayClusterError, RayAuthError, TransportUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 NAMESPACE = "rdt"
 _PROBE_TIMEOUT_S = 3.0
@@ -89,11 +95,30 @@ def join(where: RayAddress | None = None) -> None:
         _check_token_accepted(address)
     _outlive_head()
     try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+        with _names_of_its_own():
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         if "InvalidAuthToken" in str(error):
             raise RayAuthError(address) from error
         raise NoRayClusterError(address, _first_line(error)) from error
+
+
+@contextmanager
+def _names_of_its_own() -> Iterator[None]:
+    """Let Ray draw names that no other process draws, and leave this process's random numbers as they were.
+
+    Ray names a process's subscription to the cluster's errors by the module ``random``, and ranks of one
+    engine or one trainer are seeded alike. Of two subscriptions of one name each poll ends the other's at
+    once: the GCS then answers thousands of polls a second for two ranks, half a core's worth.
+
+    Source: ray/_private/gcs_pubsub.py, ray/_raylet.pyx (2.60).
+    """
+    state = random.getstate()
+    random.seed()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def is_node_there() -> bool:
