@@ -234,6 +234,16 @@ def test_a_measured_commit_on_a_cpu_is_predicted_within_a_quarter() -> None:
     assert found.commit_s == pytest.approx(rows["ours", "commit"], rel=0.25)
 
 
+def test_measured_updates_on_a_cpu_are_predicted_within_a_quarter() -> None:
+    """Read, commit and whole update of two models; ``benchmarks/simulator_check.py`` says what goes in."""
+    cases = json.loads((RESULTS / "simulator-cpu.json").read_text())["cases"]
+    assert {row["case"] for row in cases} == {"smollm2", "qwen3-0.6b"}
+    for row in cases:
+        assert set(row["predicted_over_measured"]) == {"prepare", "commit", "total"}
+        for phase, ratio in row["predicted_over_measured"].items():
+            assert ratio == pytest.approx(1, abs=0.25), (row["case"], phase)
+
+
 def test_ranks_that_share_a_nic_wait_for_each_other() -> None:
     traffic = make_traffic(nic_in={0: 10**9, 1: 10**9}, nic_out={0: 1})
     alone = Topology(gpus_per_node=2, nics_per_node=2)
