@@ -42,3 +42,26 @@ def test_five_processes_write_one_tree_of_spans(tmp_path: Path) -> None:
         "rdt.trainer",
         "rdt.trainer",
     ]
+
+
+SEEDED_ALIKE = """
+import random
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from rdt_core.tracing import span, traceparent
+
+trace.set_tracer_provider(TracerProvider())
+for rank in range(2):
+    random.seed(0)
+    with span("rdt.engine.read", rank=rank):
+        print(traceparent())
+"""
+
+
+def test_ranks_whose_random_numbers_are_alike_give_their_spans_ids_of_their_own() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SEEDED_ALIKE], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    parents = [line.split("-") for line in done.stdout.splitlines()]
+    assert len({trace for _, trace, _, _ in parents}) == len({span for _, _, span, _ in parents}) == 2

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import random
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ MAX_TRACEPARENT = 64
 
 @functools.cache
 def _api(module: str) -> Any:
-    """A module of ``opentelemetry-api``, or None where it is not installed."""
+    """A module of OpenTelemetry's API or SDK, or None where it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -43,7 +44,7 @@ def span(name: str, *, parent: str = "", **attributes: str | float) -> Iterator[
     if trace is None:
         yield
         return
-    tracer = trace.get_tracer(_TRACER)
+    tracer = _tracer(trace)
     with tracer.start_as_current_span(name, context=_context_of(parent), attributes=_named(attributes)):
         yield
 
@@ -73,7 +74,7 @@ def record_span(
     trace = _api("opentelemetry.trace")
     if trace is None or not parent:
         return
-    done = trace.get_tracer(_TRACER).start_span(
+    done = _tracer(trace).start_span(
         name, context=_context_of(parent), start_time=started_unix_ns, attributes=_named(attributes)
     )
     done.end(ended_unix_ns)
@@ -93,6 +94,41 @@ def parse_traceparent(payload: object) -> str:
     """The traceparent of a control payload; empty for anything that cannot be one. Never raises."""
     value = payload.get("traceparent") if isinstance(payload, dict) else None
     return value if isinstance(value, str) and len(value) <= MAX_TRACEPARENT else ""
+
+
+class _UnseededIds:
+    """Ids for spans, in the place of the SDK's own generator.
+
+    That draws from ``random``, which an engine seeds alike in every rank: two ranks then give their spans the
+    same ids, in the same trace.
+    """
+
+    def __init__(self) -> None:
+        self._random = random.SystemRandom()
+
+    def generate_span_id(self) -> int:
+        """64 bits, not 0."""
+        return self._random.getrandbits(64) or 1
+
+    def generate_trace_id(self) -> int:
+        """128 bits, not 0."""
+        return self._random.getrandbits(128) or 1
+
+    def is_trace_id_random(self) -> bool:
+        """As the W3C means it: all bits are."""
+        return True
+
+
+_ids = _UnseededIds()
+
+
+def _tracer(trace: Any) -> Any:
+    """Our tracer of the provider that is set now. An application's own id generator stays."""
+    tracer = trace.get_tracer(_TRACER)
+    sdk = _api("opentelemetry.sdk.trace.id_generator")
+    if sdk is not None and type(getattr(tracer, "id_generator", None)) is sdk.RandomIdGenerator:
+        tracer.id_generator = _ids
+    return tracer
 
 
 def _named(attributes: Mapping[str, str | float]) -> dict[str, str | float]:
