@@ -1,12 +1,14 @@
 """``python -m tests.chaos --minutes 10``: faults at random while engines serve, and what came of it.
 
 nox -s chaos runs it. The seed is printed; ``--seed N`` plays a run again, ``--replay REPORT.json`` the
-schedule of a report. Exit status 1 when an answer was mixed, a version went back, something hung or grew.
+schedule of a report. Exit status 1 when an answer was mixed, a version went back, something hung, grew or
+raised what is not ours: then the last line says what.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import json
 import os
@@ -15,23 +17,29 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.chaos.engines import KINDS, THIS_PYTHON
 from tests.chaos.holdings import find_grown
-from tests.chaos.model import Reference
 from tests.chaos.plan import from_plain, plan_faults, to_plain
+from tests.chaos.report import describe
 from tests.chaos.session import HANG_S, Session
-from tests.chaos.verdict import judge
+from tests.chaos.words import failure_line, table
 from tests.e2e.tiny_models import save_checkpoint
 from tests.local_ray import local_ray
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tests.chaos.holdings import Holdings
     from tests.chaos.plan import Fault
 
 _SHOW_S = 10.0
 _END_S = 60.0
+_SETTLE_S = 60.0
+"""Within this, connections to parties that are gone are let go."""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -93,32 +101,43 @@ def main() -> int:
         f"seed {seed}: {len(faults)} faults in {seconds:.0f} s; "
         f"again with --seed {seed} --minutes {seconds / 60:g}"
     )
+    again = f"--seed {seed} --minutes {seconds / 60:g} --engines {','.join(places)}"
     pythons = {**dict.fromkeys(KINDS, THIS_PYTHON), "sglang": args.sglang_python}
-    with tempfile.TemporaryDirectory(prefix="rdt-chaos-", dir="/tmp") as folder, local_ray(num_gpus=1):
-        checkpoint = save_checkpoint("qwen3", 0, Path(folder))
-        session = Session(places, pythons, checkpoint, screen.say)
-        threading.Thread(target=watch, args=(session,), daemon=True).start()
-        try:
-            report = play(session, faults, seconds, screen)
-        finally:
-            session.close()
+    try:
+        with tempfile.TemporaryDirectory(prefix="rdt-chaos-", dir="/tmp") as folder, local_ray(num_gpus=1):
+            checkpoint = save_checkpoint("qwen3", 0, Path(folder))
+            with contextlib.closing(Session(places, pythons, checkpoint, screen.say)) as session:
+                threading.Thread(target=watch, args=(session, again), daemon=True).start()
+                report = play(session, faults, seconds, screen)
+    except Exception as error:  # noqa: BLE001  whatever it is, the last line names it
+        traceback.print_exc()
+        print(failure_line([f"exception: {type(error).__name__}: {error}"], again), flush=True)  # noqa: T201
+        return 1
     report = {"seed": seed, "seconds": seconds, "engines": places, **report, "schedule": to_plain(faults)}
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(table(report))  # noqa: T201  a command
-    return 0 if report["is_good"] else 1
+    print(table(report), flush=True)  # noqa: T201  a command
+    if report["reasons"]:
+        print(failure_line(report["reasons"], again), flush=True)  # noqa: T201  a command
+    return 1 if report["reasons"] else 0
 
 
-def watch(session: Session) -> None:
+def watch(session: Session, again: str) -> None:
     """When the driver hangs: print every thread's stack, end what can be ended, and then this process."""
     while session.in_call_s <= HANG_S:
         time.sleep(1.0)  # between two looks
     faulthandler.dump_traceback(all_threads=True)
-    last = threading.Timer(_END_S, os._exit, (1,))
+    line = failure_line([f"hangs: the driver is in {session.in_call} for over {HANG_S:.0f} s"], again)
+
+    def end() -> None:
+        print(line, flush=True)  # noqa: T201  a command
+        os._exit(1)
+
+    last = threading.Timer(_END_S, end)
     last.daemon = True
     last.start()
     session.close()
-    os._exit(1)
+    end()
 
 
 def play(session: Session, faults: list[Fault], seconds: float, screen: Screen) -> dict[str, Any]:
@@ -129,49 +148,15 @@ def play(session: Session, faults: list[Fault], seconds: float, screen: Screen) 
     before = session.hold()
     session.run(faults, seconds, lambda passed_s: screen.show(session, passed_s))
     session.stop_load()
-    grown = find_grown(before, session.hold())
-    answers = [answer for load in session.loads for answer in load.answers]
-    verdict = judge(answers, Reference().allows)
-    hangs = session.hangs + [
-        f"an answer of {load.name} after more than a minute" for load in session.loads for _ in load.hung_s
-    ]
-    served = {version for answer in answers for version in answer.versions}
-    return {
-        "is_good": bool(answers) and not (verdict.mixed or verdict.regressed or hangs or grown),
-        "answers": len(answers),
-        "answers_by_engine": {load.name: len(load.answers) for load in session.loads},
-        "spanning_two_versions": sum(len(set(answer.versions)) > 1 for answer in answers),
-        "versions_published": session.version,
-        "versions_seen": len(served),
-        "updates": dict(session.updates),
-        "faults": dict(session.faults),
-        "refused_as_torn": sum(load.num_refused for load in session.loads),
-        "broken_by_a_killed_engine": sum(load.num_broken for load in session.loads),
-        "longest_call_s": round(session.longest_call_s, 1),
-        "mixed": [str(answer) for answer in verdict.mixed[:20]],
-        "regressed": [str(answer) for answer in verdict.regressed[:20]],
-        "hangs": hangs,
-        "grown": grown,
-        "held_before": {name: str(held) for name, held in before.items()},
-        "held_after": {name: str(held) for name, held in session.hold().items()},
-    }
+    return describe(session, before, wait_until_settled(session, before))
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report for a person."""
-    rows = {
-        name: value for name, value in report.items() if name not in ("schedule", "held_before", "held_after")
-    }
-    lines = [f"{name:<28} {_short(value)}" for name, value in rows.items()]
-    return "\n".join(["", *lines, ""])
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {count}" for name, count in value.items()) or "none"
-    if isinstance(value, list):
-        return "0" if not value else f"{len(value)}: " + "; ".join(map(str, value[:3]))
-    return str(value)
+def wait_until_settled(session: Session, before: Mapping[str, Holdings]) -> dict[str, Holdings]:
+    """What everybody holds once nobody holds more than before, or after a minute."""
+    deadline = time.monotonic() + _SETTLE_S
+    while find_grown(before, after := session.hold()) and time.monotonic() < deadline:
+        time.sleep(1.0)  # between two looks
+    return after
 
 
 if __name__ == "__main__":

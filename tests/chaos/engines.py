@@ -30,7 +30,10 @@ _NOT_INHERITED = ("RAY_ADDRESS", "RAY_AUTH_MODE")
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What an engine answered to the prompt: tokens, and the version of each; -1 where it named none."""
+    """What an engine answered to the prompt: tokens, and the version of each; -1 where it named none.
+
+    Fewer tokens than were asked for, or none, when it aborted the request.
+    """
 
     tokens: tuple[int, ...]
     versions: tuple[int, ...]
@@ -178,8 +181,10 @@ def _parse_vllm(answer: httpx.Response) -> Said:
     lines = (line for line in answer.text.splitlines() if line.startswith("data: {"))
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
     choices = [chunk["choices"][0] for chunk in chunks if chunk.get("choices")]
+    if not choices:
+        raise httpx.RemoteProtocolError(f"a stream without an answer: {answer.text[-300:]!r}")
     tokens = [token for choice in choices for token in choice["token_ids"]]
-    return Said(tuple(tokens), _spread(choices[-1]["weight_versions"], len(tokens)))
+    return Said(tuple(tokens), _spread(choices[-1]["weight_versions"] or [], len(tokens)))
 
 
 def _sglang_command(python: str, checkpoint: Path, port: int) -> list[str]:

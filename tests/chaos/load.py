@@ -29,8 +29,9 @@ class Load(threading.Thread):
         self._engine: EngineProcess | None = None
         self._is_over = threading.Event()
         self.answers: list[Answer] = []
-        self.num_refused = self.num_broken = 0
+        self.num_refused = self.num_broken = self.num_aborted = 0
         self.hung_s: list[float] = []
+        self.error: Exception | None = None
         self.start()
 
     def aim(self, engine: EngineProcess | None) -> None:
@@ -41,8 +42,13 @@ class Load(threading.Thread):
     def run(self) -> None:
         while not self._is_over.wait(_PAUSE_S):
             engine, life = self._engine, f"{self._place} life {self._life}"
-            if engine is not None:
+            if engine is None:
+                continue
+            try:
                 self._ask(engine, life)
+            except Exception as error:  # noqa: BLE001  an answer that is none of those we know fails the run
+                self.error = error
+                return
 
     def _ask(self, engine: EngineProcess, life: str) -> None:
         started_s = time.monotonic()
@@ -55,6 +61,9 @@ class Load(threading.Thread):
         else:
             if said is None:
                 self.num_refused += 1
+            elif not said.tokens:
+                # An engine whose commit failed in place aborts what is in flight: nothing was said.
+                self.num_aborted += 1
             else:
                 self.answers.append(
                     Answer(

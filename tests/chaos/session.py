@@ -36,6 +36,9 @@ CONNECT_TIMEOUT_S = 20.0
 HANG_S = 120.0
 """A driver that has been in one call for longer hangs: all of a call's deadlines together are shorter."""
 
+RECOVER_S = 240.0
+"""After the last fault, for an engine that was lost to start again on a machine that does much else."""
+
 
 class Session:
     """Everything that runs. Make it, :meth:`start`, :meth:`run`, :meth:`close`.
@@ -62,7 +65,9 @@ class Session:
         self._sync: WeightSync | None = None
         self._mode = "staged"
         self._wants_new_driver = False
+        self._last_failure = "none"
         self._call_began: float | None = None
+        self.in_call = "no call"
         self.version = 0
         self.updates: Counter[str] = Counter()
         self.reports: list[float] = []
@@ -78,7 +83,12 @@ class Session:
         self._trainers.start()
         for engine in self._engines:
             engine.wait_until_ready()
+        deadline = time.monotonic() + RECOVER_S
         while not self.reports:
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"no update succeeds before the first fault; the last: {self._last_failure}"
+                )
             self._sync_once()
         for load, engine in zip(self.loads, self._engines, strict=True):
             load.aim(engine)
@@ -102,7 +112,7 @@ class Session:
             self._step()
             time.sleep(max(0.0, step_began + PERIOD_S - time.monotonic()))  # the period of the load itself
         storm.join(HANG_S)
-        self._recover(time.monotonic() + HANG_S)
+        self._recover(time.monotonic() + RECOVER_S)
 
     def _recover(self, deadline: float) -> None:
         """No fault comes any more: every place has an engine, and one update reaches all of them."""
@@ -112,22 +122,36 @@ class Session:
             if len(self.reports) > before and not self._coming and len(self._members()) == len(self._places):
                 return
             time.sleep(0.2)  # between two tries; the loop has a deadline
-        self.hangs.append("the group did not become whole again after the last fault")
+        self.hangs.append(
+            f"the group was not whole {RECOVER_S:.0f} s after the last fault: {len(self._members())} of "
+            f"{len(self._places)} engines are members, {len(self._coming)} start; "
+            f"last failure: {self._last_failure}"
+        )
 
     def _members(self) -> set[str]:
         return set(self._sync.engines) if self._sync else set()
 
     def _step(self) -> None:
         if not self._trainers.are_alive():
-            self._timed("restart of the trainers", self._trainers.start)
+            try:
+                self._timed("restart of the trainers", self._trainers.start)
+            except (RdtError, ray.exceptions.RayError) as error:
+                self._count("trainers", error)
+                return
         self._tend_engines()
         self._sync_once()
 
     def _sync_once(self) -> None:
-        version = self.version + 1
-        if not self._timed("step", lambda: self._trainers.step(version)):
+        # Another one whatever became of the last: some of the ranks may have published it.
+        self.version += 1
+        try:
+            self._timed("step", lambda: self._trainers.step(self.version))
+        except ray.exceptions.GetTimeoutError:
+            self.hangs.append(f"a trainer rank did not end its step to version {self.version}")
             return
-        self.version = version
+        except (RdtError, ray.exceptions.RayError) as error:
+            self._count("step", error)
+            return
         try:
             if self._wants_new_driver or self._sync is None:
                 self._timed("connect", self._connect)
@@ -138,26 +162,38 @@ class Session:
                 lambda: sync.update(self.version, mode=self._mode, timeout_s=UPDATE_TIMEOUT_S),
             )
         except RdtError as error:
-            self.updates[reason_of(error)] += 1
-            self._say(f"version {self.version}: {reason_of(error)}: {str(error)[:160]}")
+            self._count("", error)
         else:
             self.updates["done"] += 1
             self.reports.append(report.stall_s)
 
+    def _count(self, what: str, error: Exception) -> None:
+        """Something failed that may fail."""
+        name = f"{what}: {reason_of(error)}" if what else reason_of(error)
+        self.updates[name] += 1
+        self._last_failure = f"{name}: {str(error).strip()[:160]}"
+        self._say(f"version {self.version}: {self._last_failure}")
+
     def _connect(self) -> None:
         self._wants_new_driver = False
-        # The old driver says nothing: it is as if its process had been killed.
-        self._sync = None
+        old, self._sync = self._sync, None
+        if old is not None:
+            # It says nothing to anyone; what a process that was killed had open, the kernel closes.
+            for member in old._members.values():
+                member.close()
         urls = [engine.url for engine in self._engines if engine.is_alive and engine.is_ready()]
         self._sync = WeightSync.connect(GROUP, urls, mode=self._mode, timeout_s=CONNECT_TIMEOUT_S)
 
     def _tend_engines(self) -> None:
-        """Part with engines that died, start others, and take those up that are ready."""
+        """Part with engines that died, start others, and take up those that are ready and no members."""
         for place, engine in enumerate(self._engines):
             if place not in self._coming and not engine.is_alive:
                 self.loads[place].aim(None)
                 self._leave(engine)
                 self._coming[place] = self._new_engine(engine.kind.name)
+            elif place not in self._coming and engine.url not in self._members() and engine.is_ready():
+                # It did not answer when this driver connected.
+                self._take_up(engine)
         for place, engine in list(self._coming.items()):
             if not engine.is_alive:
                 self._coming[place] = self._new_engine(engine.kind.name)
@@ -180,12 +216,13 @@ class Session:
             if engine.url not in sync._members:
                 self._timed("add", lambda: sync.add_engine(engine.url, timeout_s=CONNECT_TIMEOUT_S))
         except RdtError as error:
-            self.updates[f"add: {reason_of(error)}"] += 1
+            self._count("add", error)
             return False
         return sync._members[engine.url].version > 0
 
     def _timed(self, what: str, act: Callable[[], Any]) -> Any:
         began = self._call_began = time.monotonic()
+        self.in_call = what
         try:
             return act()
         finally:
@@ -219,8 +256,10 @@ class Session:
                     time.sleep(fault.lasts_s)  # that it stands still for so long is the fault itself
                     engine.signal(signal.SIGCONT)
             case "trainer":
-                pid = self._trainers.pids[fault.target % len(self._trainers.pids)]
-                self._hit(pid, number, fault)
+                pids = self._trainers.pids
+                if not pids:
+                    raise ProcessLookupError("the trainers are being started")
+                self._hit(pids[fault.target % len(pids)], number, fault)
             case "coordinator":
                 actor = ray.get_actor(actor_name(GROUP), namespace=NAMESPACE)
                 self._hit(ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=5), number, fault)

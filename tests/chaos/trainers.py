@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import ray
 
-from rdt_core.errors import RdtError
 from tests.chaos.model import list_shapes, values_of
 from tests.integration.toy_trainer import ToyTrainer
 
 NUM_RANKS = 2
 WRITE_TIMEOUT_S = 3.0
-CALL_TIMEOUT_S = 180.0
+CALL_TIMEOUT_S = 90.0
+"""For all ranks to start or to take a step: longer than what either may wait for by itself."""
 
 
 class ChaosTrainer(ToyTrainer):
@@ -41,30 +42,32 @@ class Trainers:
         self.pids: list[int] = []
 
     def start(self) -> None:
-        """In place of those that there are. Blocks until they have attached."""
+        """In place of those that there are. Blocks until they have attached.
+
+        Raises:
+            RdtError, ray.exceptions.RayError: a rank did not; then none counts as alive.
+        """
         self.stop()
         actor = ray.remote(ChaosTrainer).options(num_cpus=0)
         self._ranks = [actor.remote(rank, NUM_RANKS, shapes=list_shapes()) for rank in range(NUM_RANKS)]
         attached = [rank.attach.remote(self._group) for rank in self._ranks]
         self.pids = ray.get(attached, timeout=CALL_TIMEOUT_S)
 
-    def step(self, version: int) -> bool:
-        """Write and publish a version in every rank; whether all did."""
-        steps = [rank.step.remote(version) for rank in self._ranks]
-        try:
-            ray.get(steps, timeout=CALL_TIMEOUT_S)
-        except (ray.exceptions.RayError, RdtError):
-            return False
-        return True
+    def step(self, version: int) -> None:
+        """Write and publish a version in every rank.
+
+        Raises:
+            RdtError, ray.exceptions.RayError: a rank did not. Others may have: the next step needs another
+                version.
+        """
+        ray.get([rank.step.remote(version) for rank in self._ranks], timeout=CALL_TIMEOUT_S)
 
     def are_alive(self) -> bool:
-        """Whether every rank's process still runs, stopped or not."""
-        from pathlib import Path
-
-        return all(Path(f"/proc/{pid}").exists() for pid in self.pids)
+        """Whether there are ranks and the process of each still runs, stopped or not."""
+        return bool(self.pids) and all(Path(f"/proc/{pid}").exists() for pid in self.pids)
 
     def stop(self) -> None:
         """End every rank. Idempotent."""
         for rank in self._ranks:
             ray.kill(rank)
-        self._ranks = []
+        self._ranks, self.pids = [], []

@@ -308,6 +308,24 @@ def test_the_end_of_a_poll_is_no_sign_of_life() -> None:
     channel.end()
 
 
+def test_the_end_of_a_writers_wait_for_readers_is_no_sign_of_life() -> None:
+    clock = Clock()
+    channel = LocalChannel("policy", clock)
+    client = CoordinatorClient(channel)
+    client.attach(0, 1, "a", b"manifest")
+    client.publish(0, "a", 1)
+    client.join("http://a", 0, {})
+    client.begin_read("http://a", 0, 1, "", 10 * SILENT_S)
+    clock.skip(SILENT_S / 2)
+    with ThreadPoolExecutor(1) as pool:
+        release = pool.submit(client.release, 0, "a", SILENT_S)
+        wait_for(lambda: client.status()["trainers"][0]["silent_s"] < SILENT_S / 2)
+        clock.skip(2 * SILENT_S)
+        assert release.result(30) == [("http://a", 0)]
+    assert not client.status()["trainers"][0]["alive"]
+    channel.end()
+
+
 def test_prepared_ranks_are_awaited_by_attempt(client: CoordinatorClient) -> None:
     members, life = [("http://a", 0), ("http://a", 1)], life_of(client)
     client.report_prepared("http://a", 0, "old attempt", Outcome(error=RdtError("of an earlier try")))

@@ -1,7 +1,7 @@
 """Faults of what surrounds a group: nodes, Ray's head, disks, file descriptors.
 
-Each needs a Ray cluster of its own, so each is a process: ``python -m tests.faults.surroundings WHO WHAT``
-prints what it measured as a line of JSON, or why it cannot be done here.
+Each needs a Ray cluster of its own, so each is a process: ``python -m tests.faults.surroundings WHO WHAT
+WHEN`` prints what it measured as a line of JSON, or why it cannot be done here.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import ray
 from tests.faults.cells import UPDATE_TIMEOUT_S
 from tests.faults.conftest import GatedEngine
 from tests.faults.faulty_trainer import FaultyTrainer
+from tests.faults.namespaces import ImpossibleHereError
+from tests.faults.partition import far_ranks, two_nodes
 from tests.faults.results import Row
 from tests.faults.stage import Call, Stage
 from tests.local_ray import local_ray
@@ -33,10 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ANSWER = "surroundings: "
-
-
-class ImpossibleHereError(Exception):
-    """This machine does not let us."""
 
 
 @contextlib.contextmanager
@@ -212,13 +210,27 @@ def limit_fds() -> Row:
         return strike(stage, "before read", harm, lambda: limit(1024), is_first=True)
 
 
-SCENARIOS: dict[tuple[str, str], Callable[[], Row]] = {
-    ("node of a trainer", "lost"): lose_node,
-    ("Ray head", "SIGKILL"): lose_head,
-    ("disk", "full"): fill_disk,
-    ("engine", "fd limit"): limit_fds,
+def cut_link(point: str) -> Row:
+    """Nothing reaches the trainers' host any more, nor comes from it; then the link is mended."""
+    with two_nodes() as far, stage_in(ray.get_runtime_context().gcs_address) as stage:
+        stage.make_ranks = lambda: far_ranks(2)
+
+        def harm() -> None:
+            where = stage.coordinator().__ray_call__.remote(lambda _: ray.util.get_node_ip_address())
+            say(f"the coordinator is at {ray.get(where, timeout=UPDATE_TIMEOUT_S)}")
+            far.cut()
+
+        return strike(stage, point, harm, far.mend)
+
+
+SCENARIOS: dict[tuple[str, str], Callable[[str], Row]] = {
+    ("node of a trainer", "lost"): lambda _: lose_node(),
+    ("Ray head", "SIGKILL"): lambda _: lose_head(),
+    ("disk", "full"): lambda _: fill_disk(),
+    ("engine", "fd limit"): lambda _: limit_fds(),
+    ("link to the trainers", "cut"): cut_link,
 }
-"""By victim and fault, as the cells name them."""
+"""By victim and fault, as the cells name them; called with the point."""
 
 
 def say(line: str) -> None:
@@ -229,7 +241,7 @@ def say(line: str) -> None:
 def main() -> None:
     """Play one scenario."""
     try:
-        answer: dict[str, Any] = asdict(SCENARIOS[sys.argv[1], sys.argv[2]]())
+        answer: dict[str, Any] = asdict(SCENARIOS[sys.argv[1], sys.argv[2]](sys.argv[3]))
     except ImpossibleHereError as error:
         answer = {"impossible": str(error)}
     print(ANSWER + json.dumps(answer), flush=True)  # noqa: T201  read by who started us

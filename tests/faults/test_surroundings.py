@@ -24,7 +24,7 @@ SCENARIO_TIMEOUT_S = 280.0
 @pytest.mark.parametrize("cell", SURROUNDINGS, ids=lambda cell: str(cell.name))
 def test_what_the_user_sees_when_the_surroundings_fail(cell: Cell, recorder: Recorder) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.surroundings", cell.victim, cell.fault],
+        [sys.executable, "-m", "tests.faults.surroundings", cell.victim, cell.fault, cell.point],
         cwd=ROOT,
         env=dict(os.environ),
         stdout=subprocess.PIPE,

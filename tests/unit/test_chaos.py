@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tests.chaos.plan import from_plain, plan_faults, to_plain
 from tests.chaos.verdict import Answer, judge
+from tests.chaos.words import failure_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,3 +57,11 @@ def test_a_seed_gives_the_same_faults_again_and_a_report_keeps_them() -> None:
     assert from_plain(to_plain(faults)) == faults
     assert len({fault.kind for fault in faults}) == 8
     assert all(0 < fault.at_s < 585 for fault in faults)
+
+
+def test_a_failed_run_says_on_one_line_why_and_how_to_have_it_again() -> None:
+    line = failure_line(["hangs: 1, the first: it\nstood", "grown: 2, the first: " + "x" * 1000], "--seed 7")
+    assert line.startswith("FAILED tests.chaos - hangs: 1, the first: it stood; grown: 2, the first: xxx")
+    assert line.endswith("; again with --seed 7")
+    assert "\n" not in line
+    assert len(line) < 500

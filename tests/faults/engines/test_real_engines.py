@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rdt_core import WeightSync
+from rdt_core.engine_http import EngineHttp
 from rdt_core.errors import RdtError
 from tests.e2e.processes import API_KEY, ROOT, START_TIMEOUT_S, Server, Trainer, start_trainer
 from tests.faults.cells import LIMIT_S, STOPPED_S, UPDATE_TIMEOUT_S, Cell
@@ -132,8 +133,9 @@ class RealStage:
 
     @property
     def is_alive(self) -> bool:
+        """Whether it takes requests; a process that still tidies up after a loss does not."""
         assert self.server is not None
-        return self.server.process.poll() is None
+        return self.server.process.poll() is None and EngineHttp(self.server.url).is_listening()
 
     def lose_server(self) -> None:
         """What a fault has killed is gone, with all that is left of it."""

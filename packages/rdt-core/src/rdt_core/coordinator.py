@@ -201,10 +201,10 @@ class Coordinator:
         ``timeout_s`` seconds to end; then the leases are revoked, and those reads end with an error.
         """
         trainer = self._trainer(rank, instance)
-        trainer.is_writing = True
+        # The end of the wait is no sign of life: the rank may have died meanwhile.
+        trainer.is_writing, trainer.last_seen = True, self._clock()
         await self._notify()
         await self._wait(lambda: not self._leases.active(), timeout_s)
-        trainer.last_seen = self._clock()
         return [lease.reader for lease in self._leases.revoke()]
 
     async def detach(self, rank: int, instance: str) -> bool:

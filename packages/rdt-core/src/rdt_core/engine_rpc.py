@@ -37,17 +37,23 @@ def call(subscriber: WeightSubscriber, method: str, payload: Mapping[str, Any]) 
         raises for bad input or a failed sync, so that an engine's worker loop is not disturbed.
     """
     try:
-        if method not in _METHODS:
-            raise WireFormatError("control method", f"unknown method {method!r}")
+        run = _find(method)
         parent = tracing.parse_traceparent(payload)
         with tracing.span(f"rdt.engine.{method}", parent=parent, rank=subscriber.rank):
-            return {"ok": True, "result": _METHODS[method](subscriber, payload)}
+            return {"ok": True, "result": run(subscriber, payload)}
     except RdtError as error:
         return {"ok": False, "error": to_wire(error)}
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        # An engine must outlive whatever its loader or torch raises here; the log keeps the trace.
+    except Exception as error:
+        # An engine must outlive whatever its loader, torch or nixl, whose errors have no common base, raises
+        # here; the log keeps the trace.
         logger.exception("weight sync: %s failed", method)
         return {"ok": False, "error": to_wire(RdtError(f"{method} failed: {type(error).__name__}: {error}"))}
+
+
+def _find(method: str) -> Callable[[WeightSubscriber, Mapping[str, Any]], dict[str, Any]]:
+    if method not in _METHODS:
+        raise WireFormatError("control method", f"unknown method {method!r}")
+    return _METHODS[method]
 
 
 def parse_connect(payload: Mapping[str, Any]) -> ConnectRequest:

@@ -114,6 +114,14 @@ async def call_workers(client: Any, method: str, *args: Any) -> list[Any]:
     return [answer for answers in engines for answer in answers]
 
 
+def dead_engine_error() -> type[Exception]:
+    """What calls raise once a worker or the engine core has died (v1/engine/exceptions.py, 0.26 to 0.32)."""
+    from vllm.v1.engine.exceptions import EngineDeadError  # noqa: PLC0415  only in a process of the engine
+
+    error: type[Exception] = EngineDeadError
+    return error
+
+
 def num_api_processes(client: Any) -> int:
     """How many API processes share this engine (``--api-server-count``; config/parallel.py, 0.26 to 0.32)."""
     return int(getattr(client.vllm_config.parallel_config, "_api_process_count", 1))

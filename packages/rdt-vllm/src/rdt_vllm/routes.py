@@ -7,6 +7,7 @@ server has it and a server without the flag has nothing of it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import time
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,13 @@ from fastapi.responses import JSONResponse
 from rdt_core import engine_rpc
 from rdt_core.engine_routes import key_guard, make_router
 from rdt_core.error_wire import from_wire, to_wire
-from rdt_core.errors import EngineTornError, RdtError, UpdateFailedError, WireFormatError
+from rdt_core.errors import (
+    EngineTornError,
+    EngineUnreachableError,
+    RdtError,
+    UpdateFailedError,
+    WireFormatError,
+)
 from rdt_vllm import compat
 
 if TYPE_CHECKING:
@@ -176,6 +183,7 @@ def make_control_app(server_state: Any, backend: VllmBackend) -> FastAPI:
     control.include_router(make_router(backend_of, keys))
     control.include_router(compat.update_router(), dependencies=[Depends(key_guard(keys))])
     control.add_exception_handler(RdtError, _answer_error)
+    control.add_exception_handler(compat.dead_engine_error(), functools.partial(_answer_dead, backend.engine))
     return control
 
 
@@ -215,6 +223,13 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     del request
     wire = to_wire(error if isinstance(error, RdtError) else RdtError(str(error)))
     return JSONResponse({"error": wire}, status_code=500)
+
+
+async def _answer_dead(engine: str, request: Request, error: Exception) -> JSONResponse:
+    """The server itself ends soon; until then this says why."""
+    del request
+    gone = EngineUnreachableError(engine, f"a worker or its engine core has died ({type(error).__name__})")
+    return JSONResponse({"error": to_wire(gone)}, status_code=503)
 
 
 def _is_done(ranks: Sequence[dict[str, Any]]) -> bool:

@@ -69,7 +69,6 @@ class _PatientBindings:
 def _build_agent() -> None:
     """Create this process's NIXL agent, once, before any other use."""
     from nixl._api import nixl_agent  # noqa: PLC0415  ray and nixl are loaded on first use, not on import
-    from ray.exceptions import RaySystemError  # noqa: PLC0415
     from ray.experimental.rdt.util import get_tensor_transport_manager  # noqa: PLC0415
 
     with _agent_lock:
@@ -77,7 +76,7 @@ def _build_agent() -> None:
         bindings, api.nixlBind = api.nixlBind, _PatientBindings(api.nixlBind)
         try:
             get_tensor_transport_manager("NIXL").get_nixl_agent()
-        except (ImportError, RuntimeError, RaySystemError) as error:
+        except Exception as error:  # nixl's own errors have no common base
             raise TransportUnavailableError(
                 "nixl", f"its agent cannot be created: {error}", "Check the nixl installation."
             ) from error
