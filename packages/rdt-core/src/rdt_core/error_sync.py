@@ -152,7 +152,7 @@ class SourceDiedError(TransportError):
         self.trainer_rank, self.detail = trainer_rank, detail
         super().__init__(
             f"trainer rank {trainer_rank} died before its bytes were read ({detail}). The engine still "
-            "serves the last committed version; restart the trainer and connect again.",
+            "serves the last committed version; restart the trainer, have it publish, and update again.",
             (trainer_rank, detail),
         )
 
