@@ -13,6 +13,7 @@ from rdt_core.errors import (
     ClosedError,
     ConfigError,
     EngineUnreachableError,
+    NotConnectedError,
     SourceDiedError,
     StaleVersionError,
     UpdateFailedError,
@@ -157,6 +158,37 @@ def test_a_failed_read_names_engine_rank_and_phase_and_the_next_update_works(
     sync.update(version, timeout_s=TIMEOUT_S)
     assert engines[0].fingerprint == engines[1].fingerprint == expected_fingerprint(version)
     sync.close()
+
+
+def test_a_change_of_mode_that_fails_leaves_the_old_version_serving_and_the_next_update_joins_again(
+    world: World, engines: list[LocalEngine]
+) -> None:
+    sync = connect(world, engines, transport=gated.NAME)
+    served = publish_next(world)
+    sync.update(served, timeout_s=TIMEOUT_S)
+    gated.gate.failure = SourceDiedError(1, "killed by the test")
+    with pytest.raises(UpdateFailedError) as caught:
+        sync.update(publish_next(world), mode="inplace", timeout_s=TIMEOUT_S)
+    assert caught.value.phase == "prepare"
+    assert [engine.subscriber.status()["state"] for engine in engines] == ["apart", "apart"]
+    assert engines[0].fingerprint == engines[1].fingerprint == expected_fingerprint(served)
+    gated.reset()
+    version = publish_next(world)
+    sync.update(version, mode="staged", timeout_s=TIMEOUT_S)
+    assert engines[0].fingerprint == engines[1].fingerprint == expected_fingerprint(version)
+    sync.close()
+
+
+def test_an_engine_that_has_left_the_group_fails_one_update_by_name_and_joins_again_with_the_next(
+    world: World, engines: list[LocalEngine], sync: WeightSync
+) -> None:
+    engines[1].subscriber.disconnect()
+    with pytest.raises(UpdateFailedError) as caught:
+        sync.update(publish_next(world), timeout_s=TIMEOUT_S)
+    assert isinstance(caught.value.__cause__, NotConnectedError)
+    version = publish_next(world)
+    sync.update(version, timeout_s=TIMEOUT_S)
+    assert engines[0].fingerprint == engines[1].fingerprint == expected_fingerprint(version)
 
 
 def test_one_in_place_engine_that_tears_is_named_and_repaired_by_the_same_version(

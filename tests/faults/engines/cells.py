@@ -40,7 +40,16 @@ ENGINES = ("vllm", "sglang")
 
 def cells_of(engine: str) -> tuple[Cell, ...]:
     """The cells of ``vllm`` or ``sglang``; what kills comes last, since it costs a start."""
-    return tuple(
+    in_place = Cell(
+        victim=f"{engine} engine rank",
+        fault="exception",
+        point="during commit",
+        mode="inplace",
+        sees="RdtError",
+        serves="nothing",
+        repair="update again",
+    )
+    return in_place, *(
         Cell(
             victim=f"{engine} {victim}",
             fault=fault,

@@ -37,19 +37,17 @@ ENGINE = next(name for name in ("vllm", "sglang", "") if not name or importlib.u
 PROMPT, NUM_TOKENS = [3, 14, 15, 92], 12
 
 
+def gates_env(gates: Path) -> dict[str, str]:
+    """What puts gates into an engine's processes (see ``tests.faults.gates``)."""
+    folders = (ROOT / "tests" / "faults" / "engines" / "gates_on_import", ROOT)
+    paths = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
+    return {FOLDER_VARIABLE: str(gates), "PYTHONPATH": os.pathsep.join(paths)}
+
+
 @contextlib.contextmanager
 def serve(checkpoint: Path, gates: Path) -> Iterator[Server]:
     """A gated server of two ranks."""
-    env = {
-        FOLDER_VARIABLE: str(gates),
-        "PYTHONPATH": os.pathsep.join(
-            [
-                str(ROOT / "tests" / "faults" / "engines" / "gates_on_import"),
-                str(ROOT),
-                os.environ.get("PYTHONPATH", ""),
-            ]
-        ),
-    }
+    env = gates_env(gates)
     ours = ("--weight-sync", "rdt")
     if ENGINE == "vllm":
         from tests.e2e.vllm.conftest import serve as serve_vllm
@@ -90,13 +88,13 @@ class RealStage:
         self.version = 0
         self.said: dict[int, list[int]] = {}
 
-    def begin(self) -> None:
-        """The engine serves ``self.version``."""
+    def begin(self, mode: str = "staged") -> None:
+        """The engine serves ``self.version``, and reads in this mode."""
         if self.server is None:
             self.server = self._server_stack.enter_context(serve(self._checkpoint("qwen3", 0), self._folder))
         if self.sync is None:
             self.connect(timeout_s=START_TIMEOUT_S)
-        self.advance()
+        self.advance(mode)
 
     def connect(self, *, timeout_s: float = UPDATE_TIMEOUT_S) -> None:
         assert self.server is not None
@@ -109,12 +107,12 @@ class RealStage:
         self.trainer.publish(self._checkpoint("qwen3", version % 3), version)
         return version
 
-    def advance(self) -> None:
+    def advance(self, mode: str) -> None:
         """One update without a fault, and what the engine says then."""
         assert self.sync is not None
         assert self.server is not None
         version = self.publish()
-        self.sync.update(version)
+        self.sync.update(version, mode=mode)
         self.version = version
         answer = say(self.server)
         assert answer is not None
@@ -156,8 +154,8 @@ def stage(
     made = RealStage(checkpoint, ray_address, tmp_path_factory.mktemp("gates"))
     made.begin()
     # So that what each seed says is known before anything is broken.
-    made.advance()
-    made.advance()
+    made.advance("staged")
+    made.advance("staged")
     assert len({tuple(said) for said in made.said.values()}) == 3
     yield made
     made.close()
@@ -168,7 +166,7 @@ class Scene:
 
     def __init__(self, stage: RealStage, cell: Cell, folder: Path) -> None:
         self._stage, self._cell, self._folder = stage, cell, folder
-        stage.begin()
+        stage.begin(cell.mode)
         self.old, self.new = stage.version, stage.version + 1
 
     def play(self) -> Row:
@@ -231,7 +229,7 @@ class Scene:
             stage.lose_server()
         elif self._cell.point == "connect":
             stage.sync = None
-        stage.begin()
+        stage.begin(self._cell.mode)
         return time.monotonic() - started
 
 

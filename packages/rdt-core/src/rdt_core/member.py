@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rdt_core.errors import NotConnectedError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -73,20 +75,25 @@ class Member:
         return self._was_asked_to_connect
 
     def connect(self, asked: Mapping[str, Any], timeout_s: float) -> None:
-        """Have every rank join the group; replaces an earlier connection."""
+        """Have every rank join the group; replaces an earlier connection, also when it fails."""
         self._was_asked_to_connect = True
+        self.ranks = []
         answer = self.call("connect", {**asked, "engine": self.url}, timeout_s + CONNECT_MARGIN_S)
         self.ranks = answer["ranks"]
         # The whole engine holds a version when all of its ranks do.
         self.version = min(int(rank.get("version", 0)) for rank in self.ranks)
 
     def reads_in(self, mode: str) -> bool:
-        """Whether every rank is connected in this mode."""
-        return all(rank["mode"] == mode for rank in self.ranks)
+        """Whether the engine has joined, and every rank is connected in this mode."""
+        return self.is_connected and all(rank["mode"] == mode for rank in self.ranks)
 
     def call(self, method: str, payload: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-        """See :meth:`EngineControl.call`."""
-        return self._engine.call(method, payload, timeout_s=timeout_s)
+        """See :meth:`EngineControl.call`. An engine that says it has not joined is believed."""
+        try:
+            return self._engine.call(method, payload, timeout_s=timeout_s)
+        except NotConnectedError:
+            self.ranks = []
+            raise
 
     def is_listening(self) -> bool:
         """See :meth:`EngineControl.is_listening`."""

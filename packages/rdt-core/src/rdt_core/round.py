@@ -75,6 +75,8 @@ class Round:
         version: published by every trainer rank.
         options: how.
         life: of the coordinator that said that the version is published.
+        connect: has a member join that must before it can read: one that reads in another mode, or that an
+            earlier call left outside. By default all have.
     """
 
     def __init__(
@@ -85,7 +87,9 @@ class Round:
         version: int,
         options: UpdateOptions,
         life: str,
+        connect: Callable[[Member], None] = lambda _: None,
     ) -> None:
+        self._connect = connect
         self._client, self._pool, self._version, self._options = client, pool, version, options
         self._members, self._life = list(members), life
         self.failures: list[UpdateFailedError] = []
@@ -103,12 +107,13 @@ class Round:
         """
         attempt = f"{self._version}:{uuid.uuid4().hex}"
         payload = {"version": self._version, "attempt": attempt, **self._options.for_reading()}
+
+        def prepare(member: Member) -> None:
+            self._connect(member)
+            member.call("prepare", payload, self._options.timeout_s)
+
         try:
-            failed = self._on_all(
-                "prepare",
-                self._members,
-                lambda member: member.call("prepare", payload, self._options.timeout_s),
-            )
+            failed = self._on_all("prepare", self._members, prepare)
             if not (failed and self._is_all_or_none):
                 reading = [member for member in self._members if member not in failed]
                 failed |= self._wait_for_reads(attempt, reading)

@@ -208,9 +208,9 @@ class WeightSync:
             ConfigError: an argument is none of those listed.
             InvalidVersionError, StaleVersionError: the version is not greater than the last.
             NotPublishedError, ReleasedError, SupersededError: the trainer ranks do not hold it.
-            UpdateFailedError: reading or committing failed; says on which rank and in which phase, and
-                ``__cause__`` has the typed reason. In in-place mode an engine that failed to commit may be
-                torn: it refuses to generate until an update succeeds.
+            UpdateFailedError: joining again, reading or committing failed; says on which rank and in which
+                phase, and ``__cause__`` has the typed reason. In in-place mode an engine that failed to
+                commit may be torn: it refuses to generate until an update succeeds.
             CoordinatorLostError, DeadlineError: the coordinator does not answer.
             BusyError, ClosedError: another call is under way, or this object was closed.
         """
@@ -363,7 +363,7 @@ class WeightSync:
         self._life.move(SyncEvent.PUBLISHED)
         with progress.enter("prepare"):
             if options.mode is not None:
-                self._ensure_mode(options.mode)
+                self._asked["mode"] = options.mode
             attempt, ready = self._prepare(members, progress.version, options, life)
         self._life.move(SyncEvent.PREPARED)
         with progress.enter("commit"):
@@ -375,25 +375,26 @@ class WeightSync:
         self, members: Sequence[Member], version: int, options: UpdateOptions, life: str
     ) -> tuple[Round, list[Member]]:
         """Have members read; once more if the coordinator is lost meanwhile: nothing has changed yet."""
-        attempt = Round(self._client, self._pool, members, version, options, life)
+        attempt = self._begin_round(members, version, options, life)
         try:
             return attempt, attempt.prepare()
         except CoordinatorLostError as error:
             logger.info("version %d is read once more: %s", version, error.detail)
         # A coordinator that Ray restarted first hears from the trainer ranks what they hold.
         life, _ = self._client.wait_published(version, options.timeout_s)
-        attempt = Round(self._client, self._pool, members, version, options, life)
+        attempt = self._begin_round(members, version, options, life)
         return attempt, attempt.prepare()
 
-    def _ensure_mode(self, mode: str) -> None:
-        """Connect again every engine with a rank that reads in another mode; generation there stands."""
-        self._asked["mode"] = mode
-
-        def ensure(member: Member) -> None:
-            if not member.reads_in(mode):
+    def _begin_round(
+        self, members: Sequence[Member], version: int, options: UpdateOptions, life: str
+    ) -> Round:
+        def connect(member: Member) -> None:
+            # Generation there stands while it does.
+            is_as_wanted = member.is_connected if options.mode is None else member.reads_in(options.mode)
+            if not is_as_wanted:
                 member.connect(self._asked, float(self._asked["timeout_s"]))
 
-        self._on_all(ensure)
+        return Round(self._client, self._pool, members, version, options, life, connect)
 
     def _part_with(self, member: Member) -> None:
         try:
