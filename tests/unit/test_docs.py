@@ -28,3 +28,9 @@ def test_troubleshooting_has_no_entry_for_an_error_that_is_gone() -> None:
     entries = re.findall(r"^### `(\w+)`", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
     assert set(entries) == set(CLASSES)
     assert len(entries) == len(CLASSES)
+
+
+def test_the_quick_start_shows_the_example_as_it_is() -> None:
+    code = (DOCS.parent / "examples" / "quick_start" / "train.py").read_text()
+    _, _, body = code.partition('"""\n\nimport')
+    assert f"```python\nimport{body}```" in (DOCS / "quick-start.md").read_text()
