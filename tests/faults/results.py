@@ -86,7 +86,9 @@ def table(runs: Mapping[str, Mapping[str, str]]) -> str:
 
 def describe_run() -> dict[str, str]:
     """What a figure depends on."""
-    versions = {name: metadata.version(name) for name in ("ray", "nixl", "torch")}
+    there = {name.lower() for name in metadata.packages_distributions()}
+    named = ("ray", "nixl", "torch", *(engine for engine in ("vllm", "sglang") if engine in there))
+    versions = {name: metadata.version(name) for name in named}
     return {
         "command": " ".join(["pytest", *(word for word in sys.argv[1:] if not word.startswith("/"))]),
         "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release()}",
