@@ -43,6 +43,7 @@ class RecordingClient:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.answers: dict[str, list[dict[str, Any]]] = {}
+        self.error: Exception | None = None
         self.is_cache_free = True
         self.paused = False
         self.weight_version = "default"
@@ -51,6 +52,8 @@ class RecordingClient:
 
     async def collective_rpc(self, name: str, args: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
         self.calls.append(f"{name}:{args[0]}")
+        if self.error is not None:
+            raise self.error
         return self.answers.get(args[0], [{"ok": True, "result": {"version": 0, "is_torn": False}}] * 2)
 
     async def is_paused(self) -> bool:
@@ -230,6 +233,16 @@ def test_vllms_own_update_routes_report_a_workers_error_by_its_type(
     assert answer.status_code == 500
     assert answer.json()["error"]["type"] == "NotPreparedError"
     assert client.weight_version == "default"
+
+
+@pytest.mark.parametrize("route", ["connect", "prepare", "commit"])
+def test_a_worker_that_has_died_is_reported_by_the_type_of_an_engine_that_is_gone(
+    flagged: TestClient, client: RecordingClient, route: str
+) -> None:
+    client.error = Exception("Call to collective_rpc method failed: cancelled")
+    answer = flagged.post(f"/rdt/{route}", json={"version": 1}, headers=BEARER)
+    assert answer.json()["error"]["type"] == "EngineUnreachableError"
+    assert "cancelled" in answer.text
 
 
 def test_commits_of_one_server_take_turns(client: RecordingClient) -> None:

@@ -54,8 +54,16 @@ class VllmBackend:
         self.world_size: int = client.vllm_config.parallel_config.world_size_across_dp
 
     async def call(self, method: str, payload: dict[str, Any]) -> list[dict[str, Any]]:
-        """Run a control method on every worker, between steps. Holds the step after it until it returns."""
-        return await compat.call_workers(self._client, "rdt_call", method, payload)
+        """Run a control method on every worker, between steps. Holds the step after it until it returns.
+
+        Raises:
+            EngineUnreachableError: a worker has died.
+        """
+        try:
+            return await compat.call_workers(self._client, "rdt_call", method, payload)
+        except Exception as error:
+            # Workers answer their own errors, so it is the call that failed; vLLM has several kinds for that.
+            raise _dead(self.engine, error) from error
 
     async def commit(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Flip every worker to ``payload["version"]`` while generation is held, and label what follows.
@@ -228,8 +236,11 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
 async def _answer_dead(engine: str, request: Request, error: Exception) -> JSONResponse:
     """The server itself ends soon; until then this says why."""
     del request
-    gone = EngineUnreachableError(engine, f"a worker or its engine core has died ({type(error).__name__})")
-    return JSONResponse({"error": to_wire(gone)}, status_code=503)
+    return JSONResponse({"error": to_wire(_dead(engine, error))}, status_code=503)
+
+
+def _dead(engine: str, error: Exception) -> EngineUnreachableError:
+    return EngineUnreachableError(engine, f"a worker or its engine core has died ({error})")
 
 
 def _is_done(ranks: Sequence[dict[str, Any]]) -> bool:
