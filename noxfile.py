@@ -33,7 +33,7 @@ PACKAGES = ("rdt-core", "rdt-megatron", "rdt-vllm", "rdt-sglang")
 ENVIRONMENTS = ROOT / ".nox"
 CONSTRAINTS = ROOT / "tests" / "constraints"
 TOOLS = CONSTRAINTS / "tools.txt"
-SCRIPT_FOLDERS = ("examples/demo", "examples/rl", "benchmarks")
+SCRIPT_FOLDERS = ("examples/demo", "examples/quick_start", "examples/rl", "benchmarks")
 UNIT_PYTHONS = ["3.11", "3.12", "3.13"]
 
 # The only index that carries CPU builds of torch under the `+cpu` version we pin.
