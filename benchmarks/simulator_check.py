@@ -88,7 +88,8 @@ class Group:
     def measure(self) -> Seconds:
         """Publish one more version and sync it; seconds by phase."""
         self._version += 1
-        self._trainers.step_and_publish(self._version)
+        self._trainers.step()
+        self._trainers.start_publish(self._version)()
         report = self._sync.update(version=self._version)
         return {"prepare": report.prepare_s, "commit": report.commit_s, "total": report.total_s}
 

@@ -111,14 +111,22 @@ def num_gpus() -> int:
 
 
 def measure_ours(setup: Setup, runs: int, mode: str) -> tuple[list[Sample], dict[str, Any]]:
-    """Publish, prepare, commit, as the driver sees them; and how memory grew from connect to the end."""
-    trainers = TrainerGroup(setup.case, setup.trainer_devices(), setup.dtype)
-    trainer_bytes = trainers.memory_bytes()
-    trainers.attach("benchmark")
+    """Publish, prepare, commit, as the driver sees them; and how memory grew from connect to the end.
+
+    The trainers have done their step when the clock starts, before the driver calls their ``publish`` through
+    Ray: ``end_to_end`` has that call in it, ``from_publish`` begins when the first trainer begins to publish.
+    """
     samples = []
     with contextlib.ExitStack() as stack:
+        # They start while the trainers do.
+        engines = [engine_process(setup, replica) for replica in range(setup.replicas)]
+        for engine in engines:
+            stack.callback(engine.__exit__)
+        trainers = TrainerGroup(setup.case, setup.trainer_devices(), setup.dtype)
+        trainer_bytes = trainers.memory_bytes()
+        trainers.attach("benchmark")
         stack.callback(trainers.close)
-        urls = [stack.enter_context(engine_process(setup, replica)) for replica in range(setup.replicas)]
+        urls = [engine.__enter__() for engine in engines]
         started = time.perf_counter()
         sync = stack.enter_context(
             WeightSync.connect(
@@ -136,21 +144,27 @@ def measure_ours(setup: Setup, runs: int, mode: str) -> tuple[list[Sample], dict
         }
         engine_bytes = warm_bytes = 0
         for version in range(1, runs + 1):
-            publish_s = trainers.step_and_publish(version)
+            trainers.step()
             began = time.perf_counter()
+            wait = trainers.start_publish(version)
             report = sync.update(version=version)
-            update_s = time.perf_counter() - began
+            ended = time.perf_counter()
+            published = wait()
+            first = min(start for start, _ in published)
             if version == WARM_UP:
                 engine_bytes, warm_bytes = sum(map(memory_of, urls)), trainers.memory_bytes()
             samples.append(
                 {
-                    "publish": publish_s,
+                    "ray_call": first - began,
+                    "publish": max(end - start for start, end in published),
                     "publish_wait": report.publish_wait_s,
                     "prepare": report.prepare_s,
                     "read": max(rank.prepare_s for rank in report.ranks),
                     "commit": report.commit_s,
+                    "commit_request": report.total_s - report.publish_wait_s - report.prepare_s,
                     "stall": report.stall_s,
-                    "end_to_end": publish_s + update_s,
+                    "from_publish": ended - first,
+                    "end_to_end": ended - began,
                 }
             )
         facts["trainer_growth_over_syncs_bytes"] = trainers.memory_bytes() - warm_bytes
@@ -295,6 +309,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--modes", default="staged,inplace", help="by comma")
     parser.add_argument("--paths", help="reference paths to run beside ours, by comma; by default all")
     parser.add_argument("--runs", type=int, default=20, help="counted runs of each path, after warm-up")
+    parser.add_argument("--slow-runs", type=int, help="the same for paths of seconds; by default as --runs")
     parser.add_argument("--json", type=Path, help="also write the result here")
     return parser.parse_args()
 
@@ -333,7 +348,8 @@ def main() -> None:
         devices = setup.trainer_devices()[0], place_engine(setup)
         for path in wanted:
             console.print(path)
-            result["results"] += rows_of(path, available[path](args.case, args.runs + WARM_UP, devices))
+            runs = args.slow_runs if args.slow_runs and path in SLOW_PATHS else args.runs
+            result["results"] += rows_of(path, available[path](args.case, runs + WARM_UP, devices))
     show(result)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

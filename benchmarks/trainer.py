@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
@@ -12,6 +12,9 @@ import torch
 from cases import CASES, dim_of, region_of
 
 from rdt_core import LocalShard, LocalShards, TensorSpec, WeightPublisher
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TIMEOUT_S = 300.0
 
@@ -65,15 +68,18 @@ class Trainer:
         gc.collect()
         gc.freeze()
 
-    def step_and_publish(self, version: int) -> float:
-        """Change every tensor and publish; returns the seconds that ``publish`` took."""
-        if self._publisher is None:
-            raise RuntimeError("attach first")
+    def step(self) -> None:
+        """Change every tensor, and wait for the device."""
         torch._foreach_mul_(list(self.tensors.values()), 0.99)
         self.synchronize()
+
+    def publish(self, version: int) -> tuple[float, float]:
+        """Publish; returns when that began and ended, on the clock that processes of one host share."""
+        if self._publisher is None:
+            raise RuntimeError("attach first")
         started = time.perf_counter()
         self._publisher.publish(version)
-        return time.perf_counter() - started
+        return started, time.perf_counter()
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -106,10 +112,18 @@ class TrainerGroup:
         """Every rank offers its tensors."""
         ray.get([actor.attach.remote(group) for actor in self._actors], timeout=TIMEOUT_S)
 
-    def step_and_publish(self, version: int) -> float:
-        """Every rank changes its tensors and publishes; the longest publish, in seconds."""
-        published = [actor.step_and_publish.remote(version) for actor in self._actors]
-        return float(max(ray.get(published, timeout=TIMEOUT_S)))
+    def step(self) -> None:
+        """Every rank changes its tensors; blocks until all have."""
+        ray.get([actor.step.remote() for actor in self._actors], timeout=TIMEOUT_S)
+
+    def start_publish(self, version: int) -> Callable[[], list[tuple[float, float]]]:
+        """Have every rank publish; returns at once with what waits, and gives each rank's begin and end."""
+        published = [actor.publish.remote(version) for actor in self._actors]
+
+        def wait() -> list[tuple[float, float]]:
+            return list(ray.get(published, timeout=TIMEOUT_S))
+
+        return wait
 
     def memory_bytes(self) -> int:
         """Of all ranks together."""

@@ -147,9 +147,11 @@ def test_a_version_is_readable_only_while_every_rank_holds_it(client: Coordinato
     with pytest.raises(NotPublishedError) as caught:
         client.wait_published(1, 0.2)
     assert caught.value.missing == (1,)
+    assert not client.await_published(1, 0.0)
     client.publish(1, "b", 1)
     client.wait_published(1, 5.0)
     client.check_version(1)
+    assert client.await_published(1, 0.0)
     client.publish(0, "a", 2)
     with pytest.raises(SupersededError):
         client.check_version(1)

@@ -14,13 +14,16 @@ from rdt_core.errors import (
     ConfigError,
     EngineUnreachableError,
     NotConnectedError,
+    NotPublishedError,
     SourceDiedError,
     StaleVersionError,
+    SupersededError,
     UpdateFailedError,
 )
 from tests.contract import gated
 from tests.contract.local_engine import LocalEngine
 from tests.contract.world import GROUP, World, expected_fingerprint
+from tests.local_group import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -292,6 +295,52 @@ def test_a_second_call_while_one_runs_is_refused(world: World, engines: list[Loc
     sync.close()
     with pytest.raises(ClosedError):
         sync.update(version + 1)
+
+
+@pytest.mark.parametrize("mode", ["staged", "inplace"])
+def test_an_update_may_be_asked_for_before_the_trainers_publish(
+    world: World, engines: list[LocalEngine], mode: str
+) -> None:
+    sync = connect(world, engines, mode=mode)
+    version = world.trainers[0].publisher.version + 1
+    update = threading.Thread(target=sync.update, args=(version,), kwargs={"timeout_s": TIMEOUT_S})
+    update.start()
+    wait_for(lambda: all(engine.subscriber._is_awaiting for engine in engines))
+    assert not any(engine.subscriber.is_reading for engine in engines)
+    assert {engine.subscriber.status()["state"] for engine in engines} == {"reading"}
+    world.publish(version)
+    update.join(TIMEOUT_S)
+    assert [engine.calls.count("prepare") for engine in engines] == [1, 1]
+    assert [engine.fingerprint for engine in engines] == [expected_fingerprint(version)] * 2
+    sync.close()
+
+
+def test_engines_that_waited_in_vain_forget_the_version_and_are_free_for_the_next(
+    world: World, sync: WeightSync, engines: list[LocalEngine]
+) -> None:
+    never = world.trainers[0].publisher.version + 1
+    with pytest.raises(NotPublishedError):
+        sync.update(never, timeout_s=0.5)
+    assert {engine.subscriber.status()["state"] for engine in engines} == {"idle"}
+    world.publish(never + 1)
+    with pytest.raises(SupersededError):
+        sync.update(never, timeout_s=TIMEOUT_S)
+    sync.update(never + 1, timeout_s=TIMEOUT_S)
+    assert [engine.fingerprint for engine in engines] == [expected_fingerprint(never + 1)] * 2
+
+
+def test_an_engine_that_cannot_wait_is_asked_once_the_version_is_published(
+    world: World, engines: list[LocalEngine]
+) -> None:
+    sync = connect(world, engines)
+    for member in sync._members.values():
+        # What an engine of an earlier release answers to connect.
+        member.ranks = [{k: v for k, v in rank.items() if k != "awaits_publication"} for rank in member.ranks]
+    with pytest.raises(NotPublishedError):
+        sync.update(world.trainers[0].publisher.version + 1, timeout_s=0.2)
+    assert not any("prepare" in engine.calls for engine in engines)
+    sync.update(publish_next(world), timeout_s=TIMEOUT_S)
+    sync.close()
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ def answer_of(act: Callable[[Any], object]) -> Callable[[Any], RdtError | None]:
 
 
 CALL_FIELDS: dict[str, tuple[object, ...]] = {
+    "await_published": (1, 0.0),
     "begin_read": ("a", 0, 1, "", 1.0),
     "check_version": (1, ""),
     "drop_lease": (1,),

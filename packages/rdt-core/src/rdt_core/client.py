@@ -425,6 +425,13 @@ class CoordinatorClient:
             self._channel.call("wait_published", version, timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S),
         )
 
+    def await_published(self, version: int, timeout_s: float) -> bool:
+        """Whether waiting for ``version`` is over, held or not, after ``timeout_s`` at the latest."""
+        return cast(
+            "bool",
+            self._channel.call("await_published", version, timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S),
+        )
+
     def check_version(self, version: int, topology: str = "") -> str:
         """Whether every trainer rank holds ``version`` now; returns the coordinator's life."""
         return cast("str", self._channel.call("check_version", version, topology, timeout_s=CALL_TIMEOUT_S))

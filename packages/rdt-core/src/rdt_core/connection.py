@@ -114,6 +114,7 @@ class Connection:
     read_s: float = 0.0
     read_started_unix_s: float = 0.0
     link_times: dict[int, tuple[float, float]] = field(default_factory=dict)
+    link_sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     is_closed: bool = False
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -201,6 +202,7 @@ class Connection:
         )
         self.topology = found.topology
         self.link_times.clear()
+        self.link_sizes.clear()
         self.info |= self._describe_plan()
         self.client.join(self.request.engine, self.engine_rank, self.info)
 
@@ -277,13 +279,20 @@ class Connection:
             {
                 "trainer_rank": rank,
                 "transport": self.links.choices[rank].transport,
-                "nbytes": sum(read.nbytes for read in self.plan.reads_from(rank)),
-                "num_reads": len(self.plan.reads_from(rank)),
+                "nbytes": self._size_of(rank)[0],
+                "num_reads": self._size_of(rank)[1],
                 "started_unix_s": started_unix_s,
                 "seconds": seconds,
             }
             for rank, (started_unix_s, seconds) in self.link_times.items()
         ]
+
+    def _size_of(self, rank: int) -> tuple[int, int]:
+        """Bytes and reads of one link, counted once: a plan may have tens of thousands."""
+        if rank not in self.link_sizes:
+            reads = self.plan.reads_from(rank)
+            self.link_sizes[rank] = (sum(read.nbytes for read in reads), len(reads))
+        return self.link_sizes[rank]
 
 
 def open_connection(request: ConnectRequest, client: CoordinatorClient, model: EngineModel) -> Connection:

@@ -270,10 +270,18 @@ class Coordinator:
         Returns:
             What names this life of the coordinator, for :meth:`wait_prepared`, and the bytes of all arenas.
         """
-        await self._wait(lambda: not self._behind(version) or bool(self._released(version)), timeout_s)
+        await self.await_published(version, timeout_s)
         await self.check_version(version, waited_s=timeout_s)
         await self._tell_trace(version)
         return self._life, sum(trainer.arena_bytes for trainer in self._trainers.values())
+
+    async def await_published(self, version: int, timeout_s: float) -> bool:
+        """Whether a read of ``version`` would be answered by now, after ``timeout_s`` at the latest.
+
+        Called by an engine rank that was asked to read before the version was there. True says nothing of the
+        version but that waiting is over: :meth:`begin_read` and :meth:`check_version` say whether it is held.
+        """
+        return await self._wait(lambda: not self._behind(version) or bool(self._released(version)), timeout_s)
 
     async def _tell_trace(self, version: int) -> None:
         """Tell trainer ranks to which trace their publish of ``version`` belongs, if there is one."""

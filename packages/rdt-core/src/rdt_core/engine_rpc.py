@@ -114,6 +114,18 @@ def parse_verify(payload: Mapping[str, Any]) -> str | None:
     return str(verify) if verify else None
 
 
+def parse_flag(payload: Mapping[str, Any], name: str) -> bool:
+    """A flag of a request; false when it is left out.
+
+    Raises:
+        WireFormatError: neither true nor false.
+    """
+    flag = payload.get(name, False)
+    if not isinstance(flag, bool):
+        raise WireFormatError("request", f"{name} must be true or false, got {flag!r}")
+    return flag
+
+
 def _connect(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:
     return subscriber.connect(parse_connect(payload))
 
@@ -123,7 +135,10 @@ def _prepare(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[s
     attempt = payload.get("attempt")
     if attempt is None:
         return subscriber.prepare(version, timeout_s=timeout_s, verify=verify)
-    subscriber.start_prepare(version, str(attempt), timeout_s=timeout_s, verify=verify)
+    awaits = parse_flag(payload, "awaits_publication")
+    subscriber.start_prepare(
+        version, str(attempt), timeout_s=timeout_s, verify=verify, awaits_publication=awaits
+    )
     return {"version": version, "attempt": str(attempt)}
 
 

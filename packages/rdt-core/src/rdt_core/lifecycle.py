@@ -236,8 +236,12 @@ class RankLife:
         Raises:
             AbortedError: it was aborted, or another read took its place.
         """
-        if self._attempt != attempt or self._rank is not RankState.READING:
+        if not self.is_wanted(attempt):
             raise AbortedError(version)
+
+    def is_wanted(self, attempt: int) -> bool:
+        """Whether a read still counts. Asked by a reader that waits for its version to be published."""
+        return self._attempt == attempt and self._rank is RankState.READING
 
     def end_read(self, attempt: int, version: int) -> None:
         """Every byte of the version has landed.

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 METHODS = frozenset(
     {
+        "await_published",
         "begin_read",
         "check_version",
         "drop_lease",

@@ -83,6 +83,11 @@ class Member:
         # The whole engine holds a version when all of its ranks do.
         self.version = min(int(rank.get("version", 0)) for rank in self.ranks)
 
+    @property
+    def awaits_publication(self) -> bool:
+        """Whether every rank can be asked to read a version that is yet to be published."""
+        return self.is_connected and all(rank.get("awaits_publication") is True for rank in self.ranks)
+
     def reads_in(self, mode: str) -> bool:
         """Whether the engine has joined, and every rank is connected in this mode."""
         return self.is_connected and all(rank["mode"] == mode for rank in self.ranks)

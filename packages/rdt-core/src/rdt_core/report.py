@@ -73,7 +73,7 @@ class SyncReport:
         num_tensors: checkpoint tensors that were synced.
         nbytes: payload summed over all engine ranks.
         publish_wait_s: until every trainer rank had published.
-        prepare_s: from the request until the last rank had read everything.
+        prepare_s: from then until the last rank had read everything.
         commit_s: the slowest rank's commit.
         stall_s: the longest time any engine held generation.
         total_s: the whole call.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import time
 import uuid
@@ -15,7 +16,7 @@ from rdt_core.progress import trace_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future, ThreadPoolExecutor
 
     from rdt_core.client import CoordinatorClient
     from rdt_core.member import Member
@@ -74,7 +75,6 @@ class Round:
         members: that are to take the version.
         version: published by every trainer rank.
         options: how.
-        life: of the coordinator that said that the version is published.
         connect: has a member join that must before it can read: one that reads in another mode, or that an
             earlier call left outside. By default all have.
     """
@@ -86,16 +86,31 @@ class Round:
         members: Sequence[Member],
         version: int,
         options: UpdateOptions,
-        life: str,
         connect: Callable[[Member], None] = lambda _: None,
     ) -> None:
         self._connect = connect
         self._client, self._pool, self._version, self._options = client, pool, version, options
-        self._members, self._life = list(members), life
+        self._members = list(members)
+        self._attempt = f"{version}:{uuid.uuid4().hex}"
+        self._asked: dict[Member, Future[UpdateFailedError | None]] = {}
         self.failures: list[UpdateFailedError] = []
 
-    def prepare(self) -> list[Member]:
+    def ask_ahead(self) -> None:
+        """Ask members to read before the version is published; returns at once.
+
+        Their ranks wait for the publication themselves, so that it finds them ready. An engine that cannot,
+        or must connect in another mode first, is asked by :meth:`prepare`.
+        """
+        mode, payload = self._options.mode, {**self._for_reading(), "awaits_publication": True}
+        for member in self._members:
+            if member.awaits_publication and (mode is None or member.reads_in(mode)):
+                self._asked[member] = self._pool.submit(self._ask, member, payload)
+
+    def prepare(self, life: str) -> list[Member]:
         """Have every rank of every member read. Blocks until all have, or one has failed.
+
+        Args:
+            life: of the coordinator that said that the version is published.
 
         Returns:
             The members that may commit; with ``commit_policy="group"`` all of them.
@@ -105,18 +120,11 @@ class Round:
                 begun was told to forget it.
             CoordinatorLostError, DeadlineError: the coordinator does not answer.
         """
-        attempt = f"{self._version}:{uuid.uuid4().hex}"
-        payload = {"version": self._version, "attempt": attempt, **self._options.for_reading()}
-
-        def prepare(member: Member) -> None:
-            self._connect(member)
-            member.call("prepare", payload, self._options.timeout_s)
-
         try:
-            failed = self._on_all("prepare", self._members, prepare)
+            failed = self._ask_others()
             if not (failed and self._is_all_or_none):
                 reading = [member for member in self._members if member not in failed]
-                failed |= self._wait_for_reads(attempt, reading)
+                failed |= self._wait_for_reads(life, reading)
             return self._sift(failed)
         except RdtError:
             self.abort(self._members)
@@ -151,6 +159,12 @@ class Round:
             raise _first(self.failures)
         return answers
 
+    def give_up(self) -> None:
+        """Abort those who were asked ahead: the version will not be published. Never raises."""
+        # So that no abort overtakes what it is to end.
+        concurrent.futures.wait(self._asked.values(), _ABORT_TIMEOUT_S)
+        self.abort(list(self._asked))
+
     def abort(self, members: Sequence[Member]) -> None:
         """Tell members to forget what they read, as far as they still listen. Never raises."""
 
@@ -159,6 +173,29 @@ class Round:
 
         for member, error in self._on_all("abort", members, abort).items():
             logger.warning("engine %s did not abort: %s", member.url, error.detail)
+
+    def _for_reading(self) -> dict[str, Any]:
+        return {"version": self._version, "attempt": self._attempt, **self._options.for_reading()}
+
+    def _ask_others(self) -> dict[Member, UpdateFailedError]:
+        """Ask those who were not asked ahead, and wait until all have answered; the failures by member."""
+        payload = self._for_reading()
+        others = [member for member in self._members if member not in self._asked]
+
+        def prepare(member: Member) -> None:
+            self._connect(member)
+            member.call("prepare", payload, self._options.timeout_s)
+
+        failed = self._on_all("prepare", others, prepare)
+        answers = {member: answer.result() for member, answer in self._asked.items()}
+        return failed | {member: error for member, error in answers.items() if error is not None}
+
+    def _ask(self, member: Member, payload: Mapping[str, Any]) -> UpdateFailedError | None:
+        try:
+            member.call("prepare", payload, self._options.timeout_s)
+        except RdtError as error:
+            return self._failed("prepare", member, error.failed_rank, error)
+        return None
 
     @property
     def _is_all_or_none(self) -> bool:
@@ -172,7 +209,7 @@ class Round:
         self.abort(list(failed))
         return ready
 
-    def _wait_for_reads(self, attempt: str, members: Sequence[Member]) -> dict[Member, UpdateFailedError]:
+    def _wait_for_reads(self, life: str, members: Sequence[Member]) -> dict[Member, UpdateFailedError]:
         """Until every rank has read, or one failed where that decides; the first failure by member."""
         deadline = time.monotonic() + self._options.timeout_s + MARGIN_S
         waiting = list(members)
@@ -180,7 +217,8 @@ class Round:
         while waiting and not (failed and self._is_all_or_none):
             left = deadline - time.monotonic()
             ids = [rank_id for member in waiting for rank_id in member.rank_ids]
-            outcomes = self._client.wait_prepared(attempt, ids, self._life, max(0.0, min(left, _LOOK_S)))
+            left_s = max(0.0, min(left, _LOOK_S))
+            outcomes = self._client.wait_prepared(self._attempt, ids, life, left_s)
             for member in list(waiting):
                 error = self._judge(member, outcomes, is_late=left <= 0)
                 if error is not None:

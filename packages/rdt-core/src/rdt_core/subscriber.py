@@ -32,6 +32,9 @@ __all__ = ["ConnectRequest", "WeightSubscriber"]
 
 logger = logging.getLogger(__name__)
 
+_WAIT_LOOK_S = 0.25
+"""How often a reader that waits for a version to be published looks whether it is still wanted."""
+
 
 class WeightSubscriber:
     """One engine rank's part in a sync group. An engine adapter makes one in each worker process.
@@ -52,6 +55,7 @@ class WeightSubscriber:
         self._life = RankLife()
         self._lending = Lending()
         self._last_commit: dict[str, Any] | None = None
+        self._is_awaiting = False
 
     @property
     def version(self) -> int:
@@ -70,8 +74,8 @@ class WeightSubscriber:
 
     @property
     def is_reading(self) -> bool:
-        """Whether a wanted read is under way. Asked by an engine that can make room for its thread."""
-        return self._life.state is RankState.READING
+        """Whether bytes are being read. Asked by an engine that can make room for the thread that reads."""
+        return self._life.state is RankState.READING and not self._is_awaiting
 
     def connect(self, request: ConnectRequest) -> dict[str, Any]:
         """Join a group: record the loader, plan the reads, open links to the trainer ranks.
@@ -82,7 +86,8 @@ class WeightSubscriber:
         Returns:
             Plain values: version (that the model holds), rank, world_size, mode, num_tensors, nbytes,
             read_nbytes, num_reads, landing_nbytes, arena_bytes, reload, trainers and reasons (which transport
-            each trainer rank is read over, and why), probe_s, connect_s.
+            each trainer rank is read over, and why), probe_s, connect_s, awaits_publication (that
+            :meth:`start_prepare` can be called before a version is published).
 
         Raises:
             RdtError: the typed reason; see the README's table.
@@ -95,7 +100,8 @@ class WeightSubscriber:
             undo.callback(leave, client, request.engine, self._model.rank)
             connection = open_connection(request, client, self._model)
             undo.callback(connection.close)
-            info = {**connection.describe(self._model), "connect_s": time.perf_counter() - started}
+            connect_s = time.perf_counter() - started
+            info = {**connection.describe(self._model), "connect_s": connect_s, "awaits_publication": True}
             connection.info = info
             session = client.session()
             client.join(request.engine, self._model.rank, info)
@@ -135,7 +141,13 @@ class WeightSubscriber:
         return {"version": version, "prepare_s": connection.read_s}
 
     def start_prepare(
-        self, version: int, attempt: str, *, timeout_s: float = 60.0, verify: str | None = None
+        self,
+        version: int,
+        attempt: str,
+        *,
+        timeout_s: float = 60.0,
+        verify: str | None = None,
+        awaits_publication: bool = False,
     ) -> None:
         """Begin :meth:`prepare` in a thread and return; the coordinator is told how it ended.
 
@@ -144,6 +156,8 @@ class WeightSubscriber:
             attempt: the driver's name for this try, under which it waits for the outcome.
             timeout_s: for the read.
             verify: ``"digest"`` to compare what was read with what the trainers hold.
+            awaits_publication: wait up to ``timeout_s`` for the version to be published before the read, in
+                the thread that reads. Abort, disconnect and another prepare end that wait as they end a read.
 
         Raises:
             NotConnectedError: connect first.
@@ -159,6 +173,8 @@ class WeightSubscriber:
 
         def read_and_report() -> None:
             try:
+                if awaits_publication:
+                    self._await_publication(connection, number, version, timeout_s)
                 self._read(connection, number, version, timeout_s, verify)
                 outcome = Outcome({"version": version, "prepare_s": connection.read_s})
             except RdtError as error:
@@ -170,6 +186,25 @@ class WeightSubscriber:
             self._report(connection, attempt, outcome)
 
         connection.reader.start(read)
+
+    def _await_publication(
+        self, connection: Connection, attempt: int, version: int, timeout_s: float
+    ) -> None:
+        """Until there is something to read, or the read is not wanted any more, or time is up.
+
+        Says nothing of how it ended: the read that follows finds out, and has the errors for it.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._is_awaiting = True
+        try:
+            while self._life.is_wanted(attempt) and (left_s := deadline - time.monotonic()) > 0:
+                if connection.client.await_published(version, min(left_s, _WAIT_LOOK_S)):
+                    return
+        except RdtError as error:
+            # It is the coordinator's, and the read will meet it too.
+            logger.debug("rank %d: waiting for version %d failed: %s", self._model.rank, version, error)
+        finally:
+            self._is_awaiting = False
 
     def _read(
         self, connection: Connection, attempt: int, version: int, timeout_s: float, verify: str | None
@@ -217,7 +252,7 @@ class WeightSubscriber:
 
         Returns:
             Plain values: what :meth:`connect` returns, and engine, version, commit_s, prepare_s, links,
-            prepare_started_unix_s, commit_started_unix_s.
+            prepare_started_unix_s, commit_started_unix_s. All of it but the times is known before.
 
         Raises:
             NotConnectedError: connect first.
@@ -242,7 +277,7 @@ class WeightSubscriber:
         if connection.is_borrowing:
             connection.reader.start(functools.partial(_stop_borrowing, connection))
         self._last_commit = {
-            **connection.describe(self._model),
+            **connection.info,
             "engine": connection.request.engine,
             "version": version,
             "commit_s": time.perf_counter() - started,

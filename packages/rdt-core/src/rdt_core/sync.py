@@ -186,9 +186,10 @@ class WeightSync:
         """Bring every engine to ``version``; generation stands only while a rank copies locally.
 
         Waits until every trainer rank has published, has all engine ranks read, and commits when all have
-        read everything. The trainer must not write its parameters before this returns, or only within
-        ``publisher.writing()``. A call that fails costs the next one nothing; engines that it left at
-        ``version`` are not asked again.
+        read everything. May be called before they publish: engine ranks are asked at once and wait too, so
+        that the read begins with the publication. The trainer must not write its parameters before this
+        returns, or only within ``publisher.writing()``. A call that fails costs the next one nothing; engines
+        that it left at ``version`` are not asked again.
 
         Args:
             version: as given to ``publisher.publish``; greater than the last one.
@@ -358,13 +359,19 @@ class WeightSync:
     def _run_phases(
         self, progress: Progress, members: Sequence[Member], options: UpdateOptions
     ) -> SyncReport:
-        with progress.enter("publish_wait"):
-            life, progress.arena_bytes = self._client.wait_published(progress.version, options.timeout_s)
+        attempt = self._begin_round(members, progress.version, options)
+        attempt.ask_ahead()
+        try:
+            with progress.enter("publish_wait"):
+                life, progress.arena_bytes = self._client.wait_published(progress.version, options.timeout_s)
+        except RdtError:
+            attempt.give_up()
+            raise
         self._life.move(SyncEvent.PUBLISHED)
         with progress.enter("prepare"):
             if options.mode is not None:
                 self._asked["mode"] = options.mode
-            attempt, ready = self._prepare(members, progress.version, options, life)
+            attempt, ready = self._prepare(attempt, members, progress.version, options, life)
         self._life.move(SyncEvent.PREPARED)
         with progress.enter("commit"):
             answers = attempt.commit(ready)
@@ -372,29 +379,26 @@ class WeightSync:
         return progress.report(answers, attempt.failures)
 
     def _prepare(
-        self, members: Sequence[Member], version: int, options: UpdateOptions, life: str
+        self, attempt: Round, members: Sequence[Member], version: int, options: UpdateOptions, life: str
     ) -> tuple[Round, list[Member]]:
         """Have members read; once more if the coordinator is lost meanwhile: nothing has changed yet."""
-        attempt = self._begin_round(members, version, options, life)
         try:
-            return attempt, attempt.prepare()
+            return attempt, attempt.prepare(life)
         except CoordinatorLostError as error:
             logger.info("version %d is read once more: %s", version, error.detail)
         # A coordinator that Ray restarted first hears from the trainer ranks what they hold.
         life, _ = self._client.wait_published(version, options.timeout_s)
-        attempt = self._begin_round(members, version, options, life)
-        return attempt, attempt.prepare()
+        attempt = self._begin_round(members, version, options)
+        return attempt, attempt.prepare(life)
 
-    def _begin_round(
-        self, members: Sequence[Member], version: int, options: UpdateOptions, life: str
-    ) -> Round:
+    def _begin_round(self, members: Sequence[Member], version: int, options: UpdateOptions) -> Round:
         def connect(member: Member) -> None:
             # Generation there stands while it does.
             is_as_wanted = member.is_connected if options.mode is None else member.reads_in(options.mode)
             if not is_as_wanted:
                 member.connect(self._asked, float(self._asked["timeout_s"]))
 
-        return Round(self._client, self._pool, members, version, options, life, connect)
+        return Round(self._client, self._pool, members, version, options, connect)
 
     def _part_with(self, member: Member) -> None:
         try:

@@ -125,9 +125,9 @@ class Welcome:
             return None
         life = str(self._client.status()["life"])
         options = UpdateOptions(timeout_s=self._timeout_s)
-        attempt = Round(self._client, self._pool, [self._newcomer], progress.version, options, life)
+        attempt = Round(self._client, self._pool, [self._newcomer], progress.version, options)
         with progress.enter("prepare"):
-            ready = attempt.prepare()
+            ready = attempt.prepare(life)
         with progress.enter("commit"):
             answers = attempt.commit(ready)
         return progress.report(answers, attempt.failures)
