@@ -1,7 +1,8 @@
-"""How a sync grows with bytes and with tensors, beside the copy that is its limit: one run, one plot.
+"""How a sync grows with bytes and with tensors, beside the copy that is its limit.
+
+Drawn by ``growth_plot.py``.
 
     python benchmarks/growth.py --device cuda --json benchmarks/results/growth-h100.json
-    python benchmarks/growth.py --plot benchmarks/results/growth-h100.json --svg docs/images/growth.svg
 
 Each point is syncs of its own trainers and engines, in place unless it says otherwise, measured as sync.py
 measures them. The limit is one copy of the same bytes in one process, from one flat buffer to another.
@@ -62,44 +63,8 @@ def device_of(device: str) -> str:
     return device if device == "cpu" else "cuda:0"
 
 
-def plot(result: dict[str, Any], svg: Path) -> None:
-    """Time against bytes, and against tensors."""
-    import matplotlib as mpl  # noqa: PLC0415  needed for the plot only
-
-    mpl.use("Agg")
-    mpl.rcParams.update({"svg.hashsalt": "rdt", "font.size": 9})
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    points = {point["name"]: point for point in result["points"]}
-    figure, (by_bytes, by_tensors) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
-    panels = (
-        (by_bytes, BY_BYTES, lambda p: p["nbytes"] / 1e9, "GB, in 310 tensors"),
-        (by_tensors, BY_TENSORS, lambda p: p["num_tensors"], "tensors, 1.19 GB in all"),
-    )
-    lines = (
-        ("ours", "end_to_end", "sync: publish to committed, with Ray's call", "o-"),
-        ("ours", "commit", "of which the commit, in place: generation stands", "s--"),
-        ("copy_in_process", "end_to_end", "limit: one copy in one process", "k:"),
-    )
-    for axes, names, x_of, label in panels:
-        shown = [points[name] for name in names if name in points]
-        for path, phase, text, style in lines:
-            values = [_median(point, path, phase) for point in shown]
-            axes.plot([x_of(point) for point in shown], values, style, label=text, markersize=4)
-        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="ms")
-        axes.grid(visible=True, which="major", alpha=0.3)
-    by_bytes.legend(fontsize=8)
-    figure.suptitle(", ".join(dict.fromkeys(result["machine"]["gpus"])) or result["machine"]["cpu"])
-    figure.savefig(svg, metadata={"Date": None})
-
-
-def _median(point: dict[str, Any], path: str, phase: str) -> float:
-    (row,) = [row for row in point["results"] if (row["path"], row["phase"]) == (path, phase)]
-    return float(row["median_ms"])
-
-
 def main() -> None:
-    """Measure, or plot what was measured."""
+    """Measure every point, and write after each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -108,12 +73,7 @@ def main() -> None:
     parser.add_argument("--only", help="points by comma; by default all")
     parser.add_argument("--runs", type=int, default=20, help="counted syncs of each point, after warm-up")
     parser.add_argument("--json", type=Path, help="write the result here, after every point")
-    parser.add_argument("--plot", type=Path, help="measure nothing; draw this result")
-    parser.add_argument("--svg", type=Path, default=Path("growth.svg"))
     args = parser.parse_args()
-    if args.plot:
-        plot(json.loads(args.plot.read_text()), args.svg)
-        return
     transport = args.transport or ("cuda_ipc" if args.device == "cuda" else "nixl")
     result: dict[str, Any] = {"machine": machine(), "versions": versions(), "points": []}
     with ray_cluster():
