@@ -28,7 +28,7 @@ from rdt_core.errors import (
 from rdt_core.progress import report_of_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Callable, Sequence
 
 MAX_BODY_BYTES = 64 * 1024
 _STATUS_OF_ERROR = (
@@ -101,12 +101,11 @@ def make_router(backend_of: Callable[[Request], EngineBackend], api_keys: Sequen
     return router
 
 
-def key_guard(api_keys: Sequence[str]) -> Callable[[Request], Awaitable[None]]:
+def key_guard(api_keys: Sequence[str]) -> Callable[[Request], None]:
     """A FastAPI dependency that answers 401 unless one of the keys is sent as a bearer token."""
     digests = [hashlib.sha256(key.encode()).digest() for key in api_keys if key]
 
-    # A coroutine without an await: FastAPI would run a plain function in another thread, at every request.
-    async def check(request: Request) -> None:
+    def check(request: Request) -> None:
         if not digests:
             return
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
