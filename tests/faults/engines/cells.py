@@ -32,8 +32,9 @@ _EXPECTED = {
     ("engine", "SIGSTOP"): ("SIGCONT; update again", _STOPPED),
 }
 
-# A stop ends shortly before the deadline: whether the engine then makes it depends on its speed.
-_OR_ELSE = {("SIGSTOP", "connect"): ("EngineUnreachableError", "old")}
+# A stop ends shortly before the deadline: whether the engine then makes it depends on its speed. And a server
+# that is stopped with its ranks may not have answered yet that they have begun to read.
+_OR_ELSE = {("SIGSTOP", point): ("EngineUnreachableError", "old") for point in ("connect", *_READS)}
 
 ENGINES = ("vllm", "sglang")
 
