@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import torch
@@ -57,13 +58,45 @@ class HfTrainer:
 
     def publish(self, version: int) -> float:
         """Take the first set of weights at odd versions, the second at even ones; seconds of ``publish``."""
+        self._take(version)
+        started = time.perf_counter()
+        self._publisher.publish(version)
+        return time.perf_counter() - started
+
+    def _take(self, version: int) -> None:
         for live, value in zip(self._live.values(), self._sets[(version + 1) % 2], strict=True):
             live.copy_(value)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        started = time.perf_counter()
-        self._publisher.publish(version)
-        return time.perf_counter() - started
+
+    def send_by_ipc(self, url: str, version: int) -> dict[str, float]:
+        """Take the version's weights and have a vLLM of the backend ``ipc`` load them; seconds of its phases.
+
+        vLLM's own trainer-side call between vLLM's own routes, with requests in flight kept.
+        """
+        import requests  # noqa: PLC0415  vLLM's own client
+        from vllm.distributed.weight_transfer.ipc_engine import (  # noqa: PLC0415  only for this comparison
+            IPCWeightTransferEngine,
+        )
+
+        self._take(version)
+        times = [time.perf_counter()]
+
+        def post(route: str) -> None:
+            requests.post(url + route, timeout=60).raise_for_status()
+            times.append(time.perf_counter())
+
+        post("/pause?mode=keep")
+        post("/start_weight_update")
+        IPCWeightTransferEngine.trainer_send_weights(
+            iter(self._live.items()), {"send_mode": "http", "url": url}
+        )
+        times.append(time.perf_counter())
+        post("/finish_weight_update")
+        post("/resume")
+        phases = [after - before for before, after in itertools.pairwise(times)]
+        names = ("pause", "start", "update", "finish", "resume")
+        return {**dict(zip(names, phases, strict=True)), "end_to_end": times[-1] - times[0]}
 
     def close(self) -> None:
         """Leave the group."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import time
 import types
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from rdt_core.error_wire import to_wire
@@ -127,6 +129,101 @@ def num_api_processes(client: Any) -> int:
     return int(getattr(client.vllm_config.parallel_config, "_api_process_count", 1))
 
 
+def flips_in_core(client: Any) -> bool:
+    """Whether one message can have the engine commit: it has one core, whose step no other core waits for."""
+    core = getattr(client, "engine_core", None)
+    return hasattr(core, "call_utility_async") and client.vllm_config.parallel_config.data_parallel_size == 1
+
+
+async def flip_in_core(client: Any, payload: dict[str, Any], *, was_torn: bool) -> dict[str, Any]:
+    """Have the core hold generation, drop caches, commit on every worker, label, and let go.
+
+    When each of these is a message of its own, generation stands from message to message as well, and every
+    one of them waits for its turn between the requests of the server.
+
+    Args:
+        client: with one core (:func:`flips_in_core`).
+        payload: of the commit.
+        was_torn: whether generation is held because of an earlier commit, and goes on after this one.
+
+    Returns:
+        ``{"ranks": one answer a rank, "is_cache_dropped", "was_paused", "stall_s"}``. Unless all ranks have
+        committed, generation is still held.
+    """
+    answer: dict[str, Any] = await client.engine_core.call_utility_async("rdt_flip", payload, was_torn)
+    return answer
+
+
+def offer_flip() -> None:
+    """Give the core's process what :func:`flip_in_core` asks for. Idempotent.
+
+    vLLM looks utilities up by name on its core (v1/engine/core.py, _handle_client_request, 0.26 to 0.32).
+    """
+    from vllm.v1.engine.core import EngineCoreProc  # noqa: PLC0415  loaded already
+
+    core: Any = EngineCoreProc
+    core.rdt_flip = _rdt_flip
+
+
+def _rdt_flip(core: Any, payload: dict[str, Any], was_torn: bool) -> Future[dict[str, Any]]:  # noqa: FBT001  by position
+    """Pause as vLLM does, which lets steps under way end, and flip when they have. Called between two steps.
+
+    Source: v1/engine/core.py, EngineCoreProc.pause_scheduler and _process_input_queue (0.26 to 0.32).
+    """
+    from vllm.v1.core.sched.interface import PauseState  # noqa: PLC0415  in the core's process only
+
+    before = PauseState.UNPAUSED if was_torn else core.scheduler.pause_state
+    flipped: Future[dict[str, Any]] = Future()
+
+    def flip(paused: object = None) -> None:
+        del paused
+        try:
+            flipped.set_result(_flip_now(core, payload, before))
+        except Exception as error:  # noqa: BLE001  the caller gets it; a callback's own would be lost
+            flipped.set_exception(error)
+
+    paused = core.pause_scheduler("keep", clear_cache=False)
+    if paused is None:
+        flip()
+    else:
+        paused.add_done_callback(flip)
+    return flipped
+
+
+def _flip_now(core: Any, payload: dict[str, Any], before: Any) -> dict[str, Any]:
+    from vllm.v1.core.sched.interface import PauseState  # noqa: PLC0415
+    from vllm.v1.engine import EngineCoreRequestType  # noqa: PLC0415
+
+    started = time.perf_counter()
+    ranks: list[dict[str, Any]] = []
+    # Nothing is computed while generation is held, so dropping the caches first is as good as last, and a
+    # cache that cannot be dropped fails the commit before any parameter has changed.
+    is_dropped = payload.get("kv_cache") == "keep" or _drop_caches_in_core(core)
+    if is_dropped:
+        ranks = core.collective_rpc("rdt_call", None, ("commit", payload), None)
+    if ranks and all(answer["ok"] for answer in ranks):
+        label = getattr(core, "set_weight_version", None)
+        if label is not None:
+            label(str(payload["version"]))
+        core.scheduler.set_pause_state(before)
+        # The core, which had nothing to do, would wait for its next request before it looks again.
+        core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+    return {
+        "ranks": ranks,
+        "is_cache_dropped": is_dropped,
+        "was_paused": before != PauseState.UNPAUSED,
+        "stall_s": time.perf_counter() - started,
+    }
+
+
+def _drop_caches_in_core(core: Any) -> bool:
+    """See :func:`drop_caches`."""
+    is_dropped = core.reset_prefix_cache(True, True)  # noqa: FBT003  running requests, and the connector's
+    if getattr(core.vllm_config.model_config, "is_multimodal_model", False):
+        core.reset_encoder_cache()
+    return is_dropped is not False
+
+
 async def hold(client: Any) -> None:
     """Freeze generation after the step that runs; requests stay queued until :func:`let_go`.
 
@@ -212,8 +309,18 @@ def prepare_worker(worker: Any) -> None:
 
 
 def _rdt_call(worker: Any, method: str, payload: dict[str, Any]) -> dict[str, Any]:
+    if method == "commit":
+        _wait_for_device(worker.device)
     answer: dict[str, Any] = worker.weight_transfer_engine.call(method, payload)
     return answer
+
+
+def _wait_for_device(device: torch.device) -> None:
+    """Until the device has done what the last step asked of it, beyond the tokens that were waited for."""
+    if device.type != "cpu":
+        import torch  # noqa: PLC0415  this file is imported by the entry point
+
+        torch.get_device_module(device).synchronize(device)
 
 
 def _rdt_lifecycle(worker: Any, method: str, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,8 @@ def register() -> None:
         compat.watch_workers()
     elif "vllm.v1.worker.worker_base" in sys.modules:
         compat.watch_workers()
+    if "vllm.v1.engine.core" in sys.modules:
+        compat.offer_flip()
 
 
 def _offer_flag() -> None:

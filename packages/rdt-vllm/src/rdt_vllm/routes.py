@@ -74,7 +74,8 @@ class VllmBackend:
         succeeded on all workers. Commits that one process takes have turns.
 
         Returns:
-            ``{"ranks": one answer a rank, "stall_s": seconds from the hold to the resumption}``.
+            ``{"ranks": one answer a rank, "stall_s": seconds that generation stood}``. With one core they
+            are counted from the end of the step that ran, which is generation still.
         """
         try:
             engine_rpc.parse_version(payload)
@@ -83,31 +84,57 @@ class VllmBackend:
         async with self._lock:
             if not self._is_alone:
                 await self._look_at_workers()
-            was_paused = await self._client.is_paused() and self._torn is None
-            started = time.perf_counter()
-            await compat.hold(self._client)
-            ranks: list[dict[str, Any]] = []
-            try:
-                ranks = await self._flip(payload)
-            finally:
-                self._torn = None if _is_done(ranks) else await self._find_torn()
-                if self._torn is not None:
-                    await compat.abort_requests(self._client)
-                elif not was_paused:
-                    await compat.let_go(self._client)
-            return {"ranks": ranks, "stall_s": time.perf_counter() - started}
+            if compat.flips_in_core(self._client):
+                return await self._commit_in_core(payload)
+            return await self._commit_by_messages(payload)
+
+    async def _commit_in_core(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Of an engine with one core, which does all of it at one point of its schedule."""
+        answer: dict[str, Any] = {"ranks": [], "was_paused": False}
+        try:
+            answer = await compat.flip_in_core(self._client, payload, was_torn=self._torn is not None)
+        finally:
+            if _is_done(answer["ranks"]):
+                self._torn = None
+            else:
+                await self._settle(answer["ranks"], was_paused=answer["was_paused"])
+        ranks = answer["ranks"] if answer["is_cache_dropped"] else [self._cache_in_use(payload)]
+        return {"ranks": ranks, "stall_s": answer["stall_s"]}
+
+    async def _commit_by_messages(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Of an engine whose cores step together: none of them may go on before all have committed."""
+        was_paused = await self._client.is_paused() and self._torn is None
+        started = time.perf_counter()
+        await compat.hold(self._client)
+        ranks: list[dict[str, Any]] = []
+        try:
+            ranks = await self._flip(payload)
+        finally:
+            await self._settle(ranks, was_paused=was_paused)
+        return {"ranks": ranks, "stall_s": time.perf_counter() - started}
+
+    async def _settle(self, ranks: Sequence[dict[str, Any]], *, was_paused: bool) -> None:
+        """Let held generation go on, unless the workers hold a mixture."""
+        self._torn = None if _is_done(ranks) else await self._find_torn()
+        if self._torn is not None:
+            await compat.abort_requests(self._client)
+        elif not was_paused:
+            await compat.let_go(self._client)
 
     async def _flip(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
         # Nothing is computed while generation is held, so dropping the caches first is as good as last, and
         # a cache that cannot be dropped fails the commit before any parameter has changed.
         if payload.get("kv_cache") != "keep" and not await compat.drop_caches(self._client):
-            reason = "a KV transfer in flight keeps the old cache in use; commit again when it has ended"
-            error = UpdateFailedError(payload["version"], "commit", self.engine, -1, reason)
-            return [{"ok": False, "error": to_wire(error)}]
+            return [self._cache_in_use(payload)]
         ranks = await self.call("commit", payload)
         if _is_done(ranks):
             await compat.label_outputs(self._client, payload["version"])
         return ranks
+
+    def _cache_in_use(self, payload: dict[str, Any]) -> dict[str, Any]:
+        reason = "a KV transfer in flight keeps the old cache in use; commit again when it has ended"
+        error = UpdateFailedError(payload["version"], "commit", self.engine, -1, reason)
+        return {"ok": False, "error": to_wire(error)}
 
     async def find_torn(self) -> EngineTornError | None:
         """Why this server must not generate; None while its workers hold one and the same version.
