@@ -59,6 +59,22 @@ ON_CPU = [
     *("--cuda-graph-backend-prefill", "disabled", "--disable-custom-all-reduce", "--skip-server-warmup"),
     *("--mem-fraction-static", "0.5", "--max-total-tokens", "16384", "--dtype", "float32"),
 ]
+# The shapes of Qwen3-0.6B.
+GPU_SHAPE = {
+    **SHAPE,
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "dtype": "bfloat16",
+}
+ON_GPU = [
+    *("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"),
+    *("--mem-fraction-static", "0.3"),
+]
 CPU_ENV = {"OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1", "TORCHDYNAMO_DISABLE": "1"}
 
 
@@ -68,7 +84,7 @@ def sglang_server(folder: str, log: Path, *arguments: str) -> AbstractContextMan
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", folder, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--random-seed", "1", *arguments]
     is_cpu = not torch.cuda.is_available()
-    command += ON_CPU if is_cpu else []
+    command += ON_CPU if is_cpu else ON_GPU
     env = {"HF_HUB_OFFLINE": "1", **(CPU_ENV if is_cpu else {})}
     return run_server(command, port, ready="/model_info", log=log, env=env)
 
@@ -196,12 +212,13 @@ def compare(
 
 def measure_syncs(sync: WeightSync, trainer: Any, numbers: range, kv_cache: str) -> dict[str, Any]:
     """Whole syncs, published and taken one by one, while requests are in flight."""
-    samples: dict[str, list[float]] = {"prepare": [], "commit": [], "stall": [], "update": []}
+    samples: dict[str, list[float]] = {"prepare": [], "read": [], "commit": [], "stall": [], "update": []}
     for version in numbers:
         ray.get(trainer.publish.remote(version), timeout=TIMEOUT_S)
         began = time.perf_counter()
         report = sync.update(version=version, kv_cache=kv_cache, timeout_s=120.0)
         samples["update"].append(time.perf_counter() - began)
+        samples["read"].append(report.ranks[0].prepare_s)
         for phase in ("prepare", "commit", "stall"):
             samples[phase].append(getattr(report, f"{phase}_s"))
     return {phase: summarize(values) for phase, values in samples.items()}
@@ -230,12 +247,12 @@ def main() -> None:
     result: dict[str, Any] = {
         "machine": machine(),
         "versions": {**versions(), "sglang": versions_of_sglang()},
-        "shape": SHAPE,
+        "shape": GPU_SHAPE if torch.cuda.is_available() else SHAPE,
         "clients": args.clients,
     }
     with ray_cluster(), tempfile.TemporaryDirectory() as folder:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        trainer = ray.remote(HfTrainer).options(num_cpus=0).remote(folder, SHAPE, device)
+        trainer = ray.remote(HfTrainer).options(num_cpus=0).remote(folder, result["shape"], device)
         ray.get(trainer.attach.remote("sglang"), timeout=TIMEOUT_S)
         started = time.perf_counter()
         with sglang_server(folder, args.logs / "sglang-rdt.log", "--weight-sync", "rdt") as (url, pid):
@@ -255,7 +272,9 @@ def measure(
     result: dict[str, Any], sync: WeightSync, trainer: Any, url: str, pid: int, args: argparse.Namespace
 ) -> None:
     """Reads beside requests, then whole syncs beside requests."""
-    versions_left = itertools.count(1)
+    idle = range(1, 1 + args.syncs)
+    note(result, "syncs: nothing in flight", measure_syncs(sync, trainer, idle, "recompute"))
+    versions_left = itertools.count(idle.stop)
     load = Load(url, args.clients)
     warm = next(versions_left)
     measure_syncs(sync, trainer, range(warm, warm + 1), "recompute")

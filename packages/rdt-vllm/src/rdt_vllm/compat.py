@@ -159,7 +159,7 @@ def offer_flip() -> None:
 
     vLLM looks utilities up by name on its core (v1/engine/core.py, _handle_client_request, 0.26 to 0.32).
     """
-    from vllm.v1.engine.core import EngineCoreProc  # noqa: PLC0415  loaded already
+    from vllm.v1.engine.core import EngineCoreProc  # noqa: PLC0415  where there is an engine
 
     core: Any = EngineCoreProc
     core.rdt_flip = _rdt_flip

@@ -79,6 +79,8 @@ class _ChooseBackend(argparse.Action):
         del parser, option_string
         setattr(namespace, self.dest, values)
         namespace.weight_transfer_config = WeightTransferConfig(backend=str(values))
+        # A core that is forked from this process loads no plugins of its own.
+        compat.offer_flip()
         present = list(getattr(namespace, "middleware", None) or [])
         if MIDDLEWARE not in present:
             namespace.middleware = [*present, MIDDLEWARE]

@@ -16,10 +16,8 @@ HTTP_MODULE = "sglang.srt.entrypoints.http_server"
 
 def world_size() -> int:
     """Number of scheduler ranks of the engine; attention data parallelism lies within the tensor ranks."""
-    from sglang.srt.runtime_context import get_parallel  # noqa: PLC0415
-
-    parallel = get_parallel()
-    num_replicas = 1 if parallel.attn_dp_enabled else parallel.dp_size
+    parallel = _widths()
+    num_replicas = 1 if is_attention_parallel(parallel) else parallel.dp_size
     return int(num_replicas * parallel.tp_size * parallel.pp_size)
 
 
@@ -28,10 +26,26 @@ def num_schedulers() -> int:
 
     The replicas of data parallelism, and in each the stages of its pipeline.
     """
-    from sglang.srt.runtime_context import get_parallel  # noqa: PLC0415
+    parallel = _widths()
+    # Until 0.5.17 ``dp_size`` counts attention data parallelism as well, and has no name for their product.
+    return int(getattr(parallel, "num_dp_ranks", parallel.dp_size) * parallel.pp_size)
 
-    parallel = get_parallel()
-    return int(parallel.num_dp_ranks * parallel.pp_size)
+
+def _widths() -> Any:
+    """How wide each kind of parallelism is.
+
+    In 0.5.17 ``get_parallel`` asks the process groups, which a front has none of.
+    """
+    from sglang.srt import runtime_context  # noqa: PLC0415
+
+    parallel = runtime_context.get_parallel()
+    return parallel if hasattr(parallel, "attn_dp_enabled") else parallel._config
+
+
+def is_attention_parallel(parallel: Any) -> bool:
+    """Whether data parallelism lies within the tensor ranks (runtime_context.py, 0.5.17 and 0.5.23)."""
+    is_enabled = getattr(parallel, "attn_dp_enabled", None)
+    return bool(parallel.enable_dp_attention if is_enabled is None else is_enabled)
 
 
 async def ask_schedulers(manager: Any, method: str, payload: dict[str, Any]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rdt_sglang.compat.front import world_size
+from rdt_sglang.compat.front import is_attention_parallel, world_size
 from rdt_sglang.compat.model import model_of
 from rdt_sglang.compat.pipeline import is_pipeline, retract_micro_batches, send_answer
 
@@ -31,7 +31,9 @@ def find_place(scheduler: Any) -> Place:
     from sglang.srt.runtime_context import get_parallel  # noqa: PLC0415
 
     parallel = get_parallel()
-    replica = 0 if parallel.attn_dp_enabled else (parallel.dp_rank or 0)
+    # In 0.5.17 only the scheduler knows which replica it serves.
+    dp_rank = (parallel if hasattr(parallel, "dp_rank") else scheduler.ps).dp_rank
+    replica = 0 if is_attention_parallel(parallel) else (dp_rank or 0)
     rank = (replica * parallel.pp_size + parallel.pp_rank) * parallel.tp_size + parallel.tp_rank
     parameter = next(model_of(scheduler).parameters())
     return Place(int(rank), world_size(), parameter.device)
@@ -133,8 +135,13 @@ def drop_caches(scheduler: Any) -> bool:
 
 
 def label_outputs(scheduler: Any, version: str) -> None:
-    """Label what is generated from now on (managers/scheduler.py, record_weight_version_change, 0.5.23)."""
-    scheduler.record_weight_version_change(new_version=version)
+    """Label what is generated from now on (managers/scheduler.py, record_weight_version_change, 0.5.23).
+
+    0.5.17 labels whole answers only, in its front (:func:`label_server`).
+    """
+    label = getattr(scheduler, "record_weight_version_change", None)
+    if label is not None:
+        label(new_version=version)
 
 
 def yield_while(scheduler: Any, is_reading: Callable[[], bool]) -> None:
