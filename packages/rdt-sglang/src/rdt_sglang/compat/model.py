@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,10 @@ def derived_cache_error(model: Any) -> str | None:
     except ModuleNotFoundError:
         return None
     find = getattr(module, "_unsupported_derived_weight_cache_error", None)
-    return find(model) if find is not None else None
+    if find is None:
+        return None
+    # In 0.5.17 it looks at settings of the process only.
+    return find(model) if inspect.signature(find).parameters else find()
 
 
 @contextlib.contextmanager
