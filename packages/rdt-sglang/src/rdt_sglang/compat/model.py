@@ -92,7 +92,8 @@ def derived_cache_error(model: Any) -> str | None:
     if find is None:
         return None
     # In 0.5.17 it looks at settings of the process only.
-    return find(model) if inspect.signature(find).parameters else find()
+    error: str | None = find(model) if inspect.signature(find).parameters else find()
+    return error
 
 
 @contextlib.contextmanager
