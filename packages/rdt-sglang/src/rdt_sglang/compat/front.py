@@ -39,7 +39,7 @@ def _widths() -> Any:
     from sglang.srt import runtime_context  # noqa: PLC0415
 
     parallel = runtime_context.get_parallel()
-    return parallel if hasattr(parallel, "attn_dp_enabled") else parallel._config
+    return parallel if hasattr(type(parallel), "attn_dp_enabled") else parallel._config
 
 
 def is_attention_parallel(parallel: Any) -> bool:

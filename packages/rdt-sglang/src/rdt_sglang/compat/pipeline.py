@@ -52,7 +52,7 @@ def open_sender(scheduler: Any, port_args: Any) -> None:
     from sglang.srt.utils.network import get_zmq_socket  # noqa: PLC0415
 
     # In 0.5.17 the process groups are not there yet, and the scheduler knows its place itself.
-    parallel = get_parallel() if hasattr(get_parallel(), "attn_dp_enabled") else scheduler.ps
+    parallel = get_parallel() if hasattr(type(get_parallel()), "attn_dp_enabled") else scheduler.ps
     if parallel.pp_rank > 0 and parallel.attn_tp_rank == 0 and parallel.attn_cp_rank == 0:
         context = zmq.Context.instance()
         socket = get_zmq_socket(context, zmq.PUSH, port_args.tokenizer_ipc_name, False)  # noqa: FBT003  theirs
