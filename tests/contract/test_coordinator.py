@@ -27,7 +27,7 @@ from rdt_core.errors import (
     TopologyChangedError,
     UnknownGroupError,
 )
-from rdt_core.words import Outcome
+from rdt_core.words import LastWords, Outcome
 from tests.contract.world import Clock
 from tests.local_group import wait_for
 
@@ -278,6 +278,23 @@ def test_a_rank_tells_its_version_with_every_sign_of_life(client: CoordinatorCli
     client.next_tasks(0, "a", 5)
     with pytest.raises(ReleasedError):
         client.check_version(5)
+
+
+def test_a_sign_of_life_may_overtake_the_publish_that_it_tells_of(client: CoordinatorClient) -> None:
+    client.attach(0, 1, "a", b"")
+    client.next_tasks(0, "a", 5)
+    client.publish(0, "a", 5, 7)
+    assert client.status()["trainers"][0]["arena_bytes"] == 7
+    with pytest.raises(StaleVersionError):
+        client.publish(0, "a", 5)
+
+
+def test_an_introduction_may_overtake_the_publish_that_it_tells_of(client: CoordinatorClient) -> None:
+    client.attach(0, 1, "a", b"", LastWords("the session before", 5, is_writing=False))
+    client.publish(0, "a", 5)
+    client.check_version(5)
+    with pytest.raises(StaleVersionError):
+        client.publish(0, "a", 5)
 
 
 def test_other_ranks_than_before_take_over_once_the_old_ones_are_silent() -> None:

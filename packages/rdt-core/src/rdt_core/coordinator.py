@@ -52,6 +52,7 @@ class _Trainer:
     manifest: bytes
     last_seen: float
     version: int = 0
+    heard: int = 0
     is_writing: bool = False
     arena_bytes: int = 0
     tasks: deque[TrainerTask] = field(default_factory=deque)
@@ -123,6 +124,7 @@ class Coordinator:
             manifest,
             self._clock(),
             version,
+            heard=last.version,
             is_writing=not last.version or last.is_writing,
         )
         await self._notify()
@@ -176,7 +178,7 @@ class Coordinator:
         """A sign of life, with the rank's last version. Never takes back that a rank began to write."""
         trainer.last_seen = self._clock()
         if version > trainer.version:
-            trainer.version, trainer.is_writing = version, False
+            trainer.version, trainer.heard, trainer.is_writing = version, version, False
         await self._notify()
 
     async def answer(self, number: int, outcome: Outcome) -> None:
@@ -186,11 +188,15 @@ class Coordinator:
             await self._notify()
 
     async def publish(self, rank: int, instance: str, version: int, arena_bytes: int = 0) -> None:
-        """A trainer rank's memory now holds ``version``; beside its parameters it holds ``arena_bytes``."""
+        """A trainer rank's memory now holds ``version``; beside its parameters it holds ``arena_bytes``.
+
+        A sign of life sent after this call may arrive before it and tell the version first.
+        """
         trainer = self._trainer(rank, instance)
-        if version <= trainer.version:
+        if version <= trainer.version and version != trainer.heard:
             raise StaleVersionError(version, trainer.version, "published")
-        trainer.version, trainer.is_writing, trainer.arena_bytes = version, False, arena_bytes
+        trainer.version, trainer.heard, trainer.is_writing = version, 0, False
+        trainer.arena_bytes = arena_bytes
         trainer.last_seen = self._clock()
         await self._notify()
 
