@@ -42,7 +42,7 @@ def run_server(
     """
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **env}, start_new_session=True
+            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **env}, process_group=0
         )
     url = f"http://127.0.0.1:{port}"
     try:

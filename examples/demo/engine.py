@@ -61,7 +61,7 @@ class EngineServer(abc.ABC):
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "HF_HUB_OFFLINE": "1", **self.env},
-                start_new_session=True,
+                process_group=0,
             )
         return self
 
@@ -70,7 +70,7 @@ class EngineServer(abc.ABC):
         self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_TIMEOUT_S)
-        # It leads a session of its own: whatever is left of that ends with it.
+        # It leads a process group: whatever is left of that ends with it.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(_STOP_TIMEOUT_S)

@@ -78,7 +78,7 @@ class EngineProcess:
             env={**env, **_ENV},
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,
         )
 
     @property

@@ -59,6 +59,9 @@ def serve_command(
 ) -> Iterator[Server]:
     """A server, once it answers ``ready``; its log is printed when it ends.
 
+    It leads a process group, not a session: where Linux groups tasks by session (sched_autogroup_enabled),
+    polling schedulers in a session of their own kept Ray and the trainers off two cores for seconds.
+
     Args:
         command: which makes it listen on the port.
         port: of loopback.
@@ -67,7 +70,7 @@ def serve_command(
     """
     with tempfile.NamedTemporaryFile(prefix="engine-", suffix=".log") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, process_group=0
         )
         server = Server(f"http://127.0.0.1:{port}", process, Path(log.name))
         try:
@@ -97,7 +100,7 @@ def wait_until(is_true: Callable[[], bool], process: subprocess.Popen[Any], log:
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
-    """End a process that leads a session of its own, and whatever is left of that session."""
+    """End a process that leads a process group, and whatever is left of that group."""
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(STOP_TIMEOUT_S)
@@ -138,7 +141,7 @@ def start_trainer(group: str, ray_address: str, folder: Path) -> Iterator[Traine
         text=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        start_new_session=True,
+        process_group=0,
     )
     trainer = Trainer(group, process)
     try:

@@ -72,8 +72,10 @@ def spans_over_a_commit(
         next(chunks)
         # So that the commit falls into the request, if that has not ended already on a machine that is slow.
         assert server.post("/pause_generation", {"mode": "retract"}).is_success
-        sync.update(version=version + 1)
-        assert server.post("/continue_generation").is_success
+        try:
+            sync.update(version=version + 1)
+        finally:
+            assert server.post("/continue_generation").is_success
         return version, list(chunks)[-1]["meta_info"]["weight_versions"]
 
 
