@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
+import time
 import traceback
 from typing import TYPE_CHECKING, Any, cast
 
@@ -169,13 +170,15 @@ class NixlLink:
             raise TransportError("this link has been closed. Open the ticket again.")
         if not is_node_there():
             raise SourceDiedError(self._trainer_rank, "the Ray node of this process has ended")
+        begin = time.monotonic()
         try:
             got = ray.get(cast("Any", self._ref), timeout=timeout_s)
         except BaseException as error:
             # Whatever it is, Ctrl-C too: what Ray collects later may take the process with it.
             _release_transfer(error)
-            if isinstance(error, exceptions.GetTimeoutError):
-                raise PullTimeoutError(self._trainer_rank, timeout_s) from None
+            # Ray's own limit, RAY_rdt_fetch_fail_timeout_milliseconds, may be the shorter one.
+            if isinstance(error, (exceptions.GetTimeoutError, exceptions.ObjectFetchTimedOutError)):
+                raise PullTimeoutError(self._trainer_rank, time.monotonic() - begin) from None
             if isinstance(error, (exceptions.RayDirectTransportError, exceptions.ObjectLostError)):
                 raise SourceDiedError(self._trainer_rank, type(error).__name__) from error
             if isinstance(error, ValueError):
