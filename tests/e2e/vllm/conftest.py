@@ -32,12 +32,12 @@ SMALL = ["--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8"]
 
 @pytest.fixture(scope="session")
 def run_probe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
-    """Run ``tests.e2e.vllm.probe`` with the given arguments; returns what it saw."""
+    """Run ``tests.e2e.vllm.probe`` with the given arguments and variables; returns what it saw."""
 
-    def run(*args: object) -> list[dict[str, Any]]:
+    def run(*args: object, **more: str) -> list[dict[str, Any]]:
         out = tmp_path_factory.mktemp("probe") / "seen.json"
         command = [sys.executable, "-m", "tests.e2e.vllm.probe", *map(str, args), "--out", str(out)]
-        env = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        env = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **more}
         done = subprocess.run(
             command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False
         )

@@ -6,7 +6,6 @@ projection or packed copy cannot pass, and greedy answers, also with a stock vLL
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -47,6 +46,7 @@ def test_two_syncs_in_a_row_leave_what_loading_the_last_checkpoint_would(
 def test_without_the_backend_the_cpu_platform_packs_weights_as_it_always_did(
     checkpoint: Callable[[str, int], Path], run_probe: Callable[..., list[dict[str, Any]]]
 ) -> None:
-    (stock,) = run_probe("--model", checkpoint("llama", 0))
-    empty = hashlib.sha256(b"torch.bfloat16[0]").hexdigest()
-    assert stock["state"]["model.layers.0.self_attn.qkv_proj.weight"] == empty
+    """Which of them it packs depends on the processor: with AVX-512 the linear layers, else none of these."""
+    (idle,) = run_probe("--model", checkpoint("llama", 0))
+    (stock,) = run_probe("--model", checkpoint("llama", 0), VLLM_PLUGINS="")
+    assert idle == stock
