@@ -82,8 +82,10 @@ class StageGate:
         self._when_empty: Callable[[], None] | None = None
         self._turns_left = 0
         self._sleep = scheduler.maybe_sleep_on_idle
+        self._is_idle = scheduler.is_fully_idle
         scheduler.get_next_batch_to_run = self._plan
         scheduler.maybe_sleep_on_idle = self._sleep_unless_draining
+        scheduler.is_fully_idle = self._is_fully_idle
 
     @property
     def is_draining(self) -> bool:
@@ -99,6 +101,21 @@ class StageGate:
     def _sleep_unless_draining(self) -> None:
         if not self.is_draining:
             self._sleep()
+
+    def _is_fully_idle(self, **asked: bool) -> bool:
+        """Whether no request holds memory; asked by SGLang before it looks for leaks, which would end it.
+
+        Behind a closed gate a slot keeps the requests of a prefill that has come out in ``last_mbs``, where
+        SGLang looks at one slot only: it moves them on when the slot's next micro-batch is planned.
+
+        Source: managers/scheduler.py, is_fully_idle and on_idle (0.5.23).
+        """
+        is_closed = self.is_draining or self._scheduler._engine_paused
+        if is_closed and any(
+            batch is not None and not batch.is_empty() for batch in self._scheduler.last_mbs
+        ):
+            return False
+        return bool(self._is_idle(**asked))
 
     def _plan(self, *, running_batch: Any, last_batch: Any) -> Any:
         """Source: managers/scheduler.py, get_next_batch_to_run (0.5.23)."""
