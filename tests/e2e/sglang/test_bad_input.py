@@ -25,6 +25,7 @@ from tests.e2e.sglang.asking import (
     generation,
     next_version,
     ranks_of,
+    stream,
 )
 
 if TYPE_CHECKING:
@@ -266,9 +267,9 @@ def test_one_rank_that_fails_in_a_commit_holds_generation_until_a_commit_succeed
 ) -> None:
     serves_on(server, trainer, ray_address, checkpoint(family, 1))
     version = next_version(server, trainer)
-    with connect(server, trainer) as sync, ThreadPoolExecutor(1) as pool:
+    with connect(server, trainer) as sync, stream(server, PROMPTS[0], 400) as running:
         trainer.publish(checkpoint(family, 0), version)
-        running = pool.submit(ask, server, PROMPTS[0], 400)
+        next(running)
         fault.write_text("commit 1")
         with pytest.raises(RdtError, match="injected into commit of rank 1"):
             sync.update(version=version)
@@ -281,5 +282,5 @@ def test_one_rank_that_fails_in_a_commit_holds_generation_until_a_commit_succeed
         trainer.publish(checkpoint(family, 0), version + 1)
         sync.update(version=version + 1)
         assert sync.verify().bytes_equal
-        assert running.result(120)["meta_info"]["finish_reason"]["type"] in ("abort", "length")
+        assert list(running)[-1]["meta_info"]["finish_reason"]["type"] in ("abort", "length")
     assert len(ask(server, PROMPTS[1], 4)["output_ids"]) == 4
