@@ -42,7 +42,12 @@ def run_server(
     """
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **env}, process_group=0
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **env},
+            process_group=0,
         )
     url = f"http://127.0.0.1:{port}"
     try:

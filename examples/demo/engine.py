@@ -59,6 +59,7 @@ class EngineServer(abc.ABC):
             self._process = subprocess.Popen(
                 self.command,
                 stdout=log,
+                stdin=subprocess.DEVNULL,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "HF_HUB_OFFLINE": "1", **self.env},
                 process_group=0,

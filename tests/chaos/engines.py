@@ -77,6 +77,7 @@ class EngineProcess:
             cwd=ROOT,
             env={**env, **_ENV},
             stdout=self._log,
+            stdin=subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
             process_group=0,
         )

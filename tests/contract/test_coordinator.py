@@ -134,8 +134,10 @@ def test_another_world_size_is_refused_while_others_are_alive(
 
 def test_versions_only_grow(client: CoordinatorClient) -> None:
     client.attach(0, 1, "a", b"")
+    with pytest.raises(StaleVersionError):
+        client.publish(0, "a", 0)
     client.publish(0, "a", 5)
-    for version in (5, 4):
+    for version in (5, 4, 0):
         with pytest.raises(StaleVersionError):
             client.publish(0, "a", version)
 

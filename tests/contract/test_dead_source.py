@@ -78,3 +78,21 @@ def test_a_source_that_stands_still_ends_the_pull_in_time_and_is_read_when_it_go
     assert not pull.target.any()
     pull.link.close()
     source.kill()
+
+
+def test_rays_own_limit_is_a_time_that_passed_and_not_a_source_that_died(
+    ray_cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ray_cluster
+    source = ActorSource("nixl", (4096,))
+    target = torch.full((4096,), 255, dtype=torch.uint8)
+    link = make_transport("nixl").open(source.export(), [target], trainer_rank=3)
+    with monkeypatch.context() as patch:
+        # What RAY_rdt_fetch_fail_timeout_milliseconds sets, read when ray is imported; past at once.
+        patch.setattr("ray._private.ray_constants.RDT_FETCH_FAIL_TIMEOUT_SECONDS", -1.0)
+        with pytest.raises(PullTimeoutError, match="trainer rank 3 did not end within"):
+            link.pull(0, timeout_s=TIMEOUT_S)
+    link.pull(0, timeout_s=TIMEOUT_S)
+    assert not target.any()
+    link.close()
+    source.kill()

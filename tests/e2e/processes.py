@@ -76,6 +76,7 @@ def serve_command(
             cwd=ROOT,
             env=env,
             stdout=log,
+            stdin=subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
             process_group=0,
         )

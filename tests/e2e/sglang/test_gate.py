@@ -1,4 +1,7 @@
-"""The gate of a pipeline's stage, beside SGLang's own batches and rules of what is idle."""
+"""What a pipeline's gate says of idleness, in the one turn after a prefill that a server cannot be held at.
+
+The scheduler here stands in for that turn; real pipelines pass the gate in test_modes.py.
+"""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class _Trainer:
     manifest: bytes
     last_seen: float
     version: int = 0
-    heard: int = 0
+    awaits_publish: bool = False  # of the version, which a sign of life has told first
     is_writing: bool = False
     arena_bytes: int = 0
     tasks: deque[TrainerTask] = field(default_factory=deque)
@@ -124,7 +124,7 @@ class Coordinator:
             manifest,
             self._clock(),
             version,
-            heard=last.version,
+            awaits_publish=bool(last.version),
             is_writing=not last.version or last.is_writing,
         )
         await self._notify()
@@ -178,7 +178,7 @@ class Coordinator:
         """A sign of life, with the rank's last version. Never takes back that a rank began to write."""
         trainer.last_seen = self._clock()
         if version > trainer.version:
-            trainer.version, trainer.heard, trainer.is_writing = version, version, False
+            trainer.version, trainer.awaits_publish, trainer.is_writing = version, True, False
         await self._notify()
 
     async def answer(self, number: int, outcome: Outcome) -> None:
@@ -193,9 +193,10 @@ class Coordinator:
         A sign of life sent after this call may arrive before it and tell the version first.
         """
         trainer = self._trainer(rank, instance)
-        if version <= trainer.version and version != trainer.heard:
+        is_told = trainer.awaits_publish and version == trainer.version
+        if version <= trainer.version and not is_told:
             raise StaleVersionError(version, trainer.version, "published")
-        trainer.version, trainer.heard, trainer.is_writing = version, 0, False
+        trainer.version, trainer.awaits_publish, trainer.is_writing = version, False, False
         trainer.arena_bytes = arena_bytes
         trainer.last_seen = self._clock()
         await self._notify()
