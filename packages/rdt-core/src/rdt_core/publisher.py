@@ -247,7 +247,10 @@ class WeightPublisher:
         self.close()
 
     def _check_addresses(self) -> None:
-        for shard, before, now in zip(self._local.shards, self._addresses, self._local.locate(), strict=True):
+        found = self._local.locate()
+        if found == self._addresses:
+            return
+        for shard, before, now in zip(self._local.shards, self._addresses, found, strict=True):
             if before != now:
                 raise WindowMovedError(shard.owner, self._local.rank)
 

@@ -18,28 +18,20 @@ from rdt_megatron.fsdp1 import FlatShards
 from rdt_megatron.names import strip_wrappers
 from rdt_megatron.part import Part, shards_of
 from rdt_megatron.peft_names import adapted_modules
+from rdt_megatron.places import Places, Slot, local_of
 from rdt_megatron.readable import check_readable
 from rdt_megatron.world import rank_and_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import torch.distributed as dist
 
 
-class _Finder:
-    """Finds the local tensor that the optimizer writes, by the module attribute it is looked up under.
+class _FsdpSlot(Slot):
+    """Finds the local tensor that the optimizer writes."""
 
-    Args:
-        module: that has the parameter.
-        attribute: its name there.
-        tensor: the parameter as it was when described; a DTensor when it is sharded.
-    """
-
-    __slots__ = ("_attribute", "_slot", "_tensor")
-
-    def __init__(self, module: nn.Module, attribute: str, tensor: torch.Tensor) -> None:
-        self._slot, self._attribute, self._tensor = module._parameters, attribute, tensor  # noqa: SLF001  as nn.Module looks it up
+    __slots__ = ()
 
     def __call__(self) -> torch.Tensor:
         """The tensor now.
@@ -47,10 +39,10 @@ class _Finder:
         While FSDP has the group gathered (the root stays so after an evaluation), the attribute holds a
         passing copy or a shard on a smaller mesh; the parameter that the optimizer knows is the first one.
         """
-        found = self._slot.get(self._attribute)
-        if found is None or found is self._tensor:
-            return _local(self._tensor)
-        return _local(found if _same_layout(found, self._tensor) else self._tensor)
+        found = self.entries.get(self.attribute)
+        if found is None or found is self.tensor:
+            return local_of(self.tensor)
+        return local_of(found if _same_layout(found, self.tensor) else self.tensor)
 
 
 def fsdp_shards(
@@ -111,9 +103,7 @@ def shards_of_parts(
         base = data.data_ptr()
         shards += found
         sources += [(part.find, shard.data.data_ptr() - base) for shard in found]
-    return LocalShards(
-        rank=rank, world_size=world_size, shards=tuple(shards), locate=lambda: _locate(sources)
-    )
+    return LocalShards(rank=rank, world_size=world_size, shards=tuple(shards), locate=Places(sources))
 
 
 def _refuse_adapted(modules: Mapping[str, nn.Module], rank: int) -> None:
@@ -162,8 +152,8 @@ def parts_of(modules: Mapping[str, nn.Module], rank: int) -> Iterator[Part]:
             region = _region_of(tensor, shape, name, rank)
             if region.num_elements:
                 _check_place(tensor, name, rank)
-                check_readable(_local(tensor), name, rank)
-                yield Part(name, shape, region, _Finder(module, attribute, tensor))
+                check_readable(local_of(tensor), name, rank)
+                yield Part(name, shape, region, _FsdpSlot(module, attribute, tensor))
 
 
 def _region_of(tensor: torch.Tensor, shape: tuple[int, ...], name: str, rank: int) -> Region:
@@ -182,7 +172,7 @@ def _region_of(tensor: torch.Tensor, shape: tuple[int, ...], name: str, rank: in
             f"{error} (placements {tensor.placements})",
             "Choose sizes that the mesh divides evenly, or shard the dims of this parameter differently.",
         ) from error
-    local = tuple(_local(tensor).shape)
+    local = tuple(local_of(tensor).shape)
     if region.num_elements and region.shape != local:
         raise UnsupportedLayoutError(
             name,
@@ -195,7 +185,7 @@ def _region_of(tensor: torch.Tensor, shape: tuple[int, ...], name: str, rank: in
 
 def _check_place(tensor: torch.Tensor, name: str, rank: int) -> None:
     if isinstance(tensor, DTensor) and not tensor.is_meta:
-        local = _local(tensor)
+        local = local_of(tensor)
         if local.device.type not in (tensor.device_mesh.device_type, "meta"):
             raise UnsupportedLayoutError(
                 name,
@@ -203,15 +193,6 @@ def _check_place(tensor: torch.Tensor, name: str, rank: int) -> None:
                 f"it is offloaded to {local.device} from a mesh of {tensor.device_mesh.device_type}",
                 "Call fully_shard without CPUOffloadPolicy.",
             )
-
-
-def _locate(sources: Sequence[tuple[Callable[[], torch.Tensor], int]]) -> tuple[int, ...]:
-    with torch.no_grad():
-        return tuple(find().data_ptr() + offset for find, offset in sources)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _same_layout(found: torch.Tensor, described: torch.Tensor) -> bool:

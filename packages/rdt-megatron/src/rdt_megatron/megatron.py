@@ -17,6 +17,7 @@ from rdt_megatron.families import UnknownModelTypeError, find_family
 from rdt_megatron.geometry import ParameterShapeError, pieces_of, tensor_name
 from rdt_megatron.megatron_model import check_contiguous, coordinate_of, held_by, unwrap, wrappers_of
 from rdt_megatron.model_config import field_of, find_objection, sizes_of
+from rdt_megatron.places import Places, Slot
 from rdt_megatron.readable import check_readable
 from rdt_megatron.rules import RuleIndex
 from rdt_megatron.world import rank_and_size
@@ -68,18 +69,19 @@ def megatron_shards(
     family = family or _family(hf_config, rank)
     exporter = _Exporter(family, hf_config, skip, rank)
     shards: list[LocalShard] = []
-    sources: list[tuple[Held, int]] = []
+    sources: list[tuple[Slot, int]] = []
     with torch.no_grad(), paused_collection():
         for chunk in map(unwrap, chunks):
             settle_expert_bias(chunk)
             for held, address, found in exporter.describe(chunk):
                 shards += found
-                sources += [(held, shard.data.data_ptr() - address) for shard in found]
+                slot = Slot(held.module, held.attribute, held.tensor)
+                sources += [(slot, shard.data.data_ptr() - address) for shard in found]
     return LocalShards(
         rank=rank,
         world_size=world_size,
         shards=tuple(shards),
-        locate=lambda: tuple(held.tensor.data_ptr() + offset for held, offset in sources),
+        locate=Places(sources),
         refresh=_refresh_of(chunks),
     )
 

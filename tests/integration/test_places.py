@@ -1,0 +1,89 @@
+"""Memory that moved is noticed whichever way it moved, and what did not move is where it was."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import nn
+
+from rdt_megatron import fsdp_shards
+from rdt_megatron.places import Places, Slot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def make_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+
+
+def repoint(model: nn.Module) -> None:
+    weight = model[1].weight
+    weight.data = weight.data.clone()
+
+
+def replace_the_parameter(model: nn.Module) -> None:
+    model[1].weight = nn.Parameter(model[1].weight.detach().clone())
+
+
+def replace_the_module(model: nn.Module) -> None:
+    layer = nn.Linear(3, 2)
+    model[1]._parameters.update(layer._parameters)
+
+
+@pytest.mark.parametrize("move", [repoint, replace_the_parameter, replace_the_module])
+def test_a_parameter_that_moved_is_the_one_found_elsewhere(move: Callable[[nn.Module], None]) -> None:
+    model = make_model()
+    local = fsdp_shards(model)
+    before = local.locate()
+    owners = [shard.owner for shard in local.shards]
+
+    kept = [parameter.detach() for parameter in model.parameters()]  # so that no address is used again
+    move(model)
+
+    now = dict(zip(owners, local.locate(), strict=True))
+    assert now == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    assert now["1.weight"] not in before
+    assert now["0.weight"] == before[0] == kept[0].data_ptr()
+
+
+def test_a_step_in_place_moves_nothing() -> None:
+    model = make_model()
+    local = fsdp_shards(model)
+    before = local.locate()
+
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+
+    assert local.locate() == before
+
+
+def test_offsets_count_from_what_is_found_in_parameters_and_buffers() -> None:
+    model = nn.BatchNorm1d(4)
+    slots = [Slot(model, "weight", model.weight), Slot(model, "running_mean", model.running_mean)]
+
+    found = Places([(slots[0], 0), (slots[1], 8)])()
+
+    assert found == (model.weight.data_ptr(), model.running_mean.data_ptr() + 8)
+
+
+def test_a_source_that_no_module_holds_is_asked_for_its_tensor_every_time() -> None:
+    tensors = [torch.zeros(4), torch.ones(4)]
+    places = Places([(lambda: tensors[-1], 4)])
+    assert places() == (tensors[1].data_ptr() + 4,)
+
+    tensors.append(torch.zeros(8))
+
+    assert places() == (tensors[2].data_ptr() + 4,)
+
+
+def test_a_parameter_that_its_module_lost_is_an_error_that_names_it() -> None:
+    model = nn.Linear(4, 3)
+    places = Places([(Slot(model, "weight", model.weight), 0)])
+    del model.weight
+
+    with pytest.raises(AttributeError, match="weight"):
+        places()
