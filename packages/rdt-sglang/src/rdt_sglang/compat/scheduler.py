@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,8 +131,18 @@ def drop_caches(scheduler: Any) -> bool:
 
     Called after :func:`retract_all`. What may still hold it: a grammar that is being compiled, a transfer of
     KV cache (managers/scheduler.py, is_fully_idle, 0.5.23).
+
+    In 0.5.17 every waiting request does, those that were just retracted too; it is shown here those alone
+    that own memory of the cache.
     """
-    return bool(scheduler.flush_cache(empty_cache=False))
+    if "ignore_waiting" in inspect.signature(type(scheduler).is_fully_idle).parameters:
+        return bool(scheduler.flush_cache(empty_cache=False))
+    waiting = scheduler.waiting_queue
+    scheduler.waiting_queue = [request for request in waiting if request.kv is not None]
+    try:
+        return bool(scheduler.flush_cache(empty_cache=False))
+    finally:
+        scheduler.waiting_queue = waiting
 
 
 def label_outputs(scheduler: Any, version: str) -> None:
