@@ -115,7 +115,7 @@ class ActorSource:
         self._actor = (
             ray.remote(_SourceActor).options(num_cpus=0, num_gpus=num_gpus).remote(name, sizes, env or {})
         )
-        self._pid = int(ray.get(self._actor.pid.remote(), timeout=60))
+        self.pid = int(ray.get(self._actor.pid.remote(), timeout=60))
 
     def export(self) -> object:
         return ray.get(self._actor.export.remote(), timeout=60)
@@ -136,5 +136,5 @@ class ActorSource:
         """Return once the process is gone, which ``ray.kill`` alone does not wait for."""
         ray.kill(self._actor)
         deadline = time.monotonic() + 60
-        while psutil.pid_exists(self._pid) and time.monotonic() < deadline:
+        while psutil.pid_exists(self.pid) and time.monotonic() < deadline:
             threading.Event().wait(0.02)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +24,8 @@ from tests.contract.sources import ActorSource
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from rdt_core.transports.base import Link
 
 TIMEOUT_S = 30.0
 TICKET = CudaIpcTicket(host="h", device="GPU-1", anchor="a", handles=(b"x" * 64,), ranges=bytes(24))
@@ -100,6 +105,13 @@ class TestBetweenProcesses:
             torch.full((size,), 255, dtype=torch.uint8, device="cuda") for size in sizes
         ]
 
+    def pull_until_it_fails(self, link: Link, target: torch.Tensor, wanted: list[int]) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline:
+            target.fill_(255)
+            link.pull(1, timeout_s=TIMEOUT_S)
+            assert target.tolist() == wanted
+
     def test_a_killed_source_leaves_this_process_its_gpu(self) -> None:
         source, targets = self.make((1 << 20, 3))
         source.write(1, [1, 2, 3])
@@ -111,6 +123,44 @@ class TestBetweenProcesses:
         link.close()
         torch.cuda.synchronize()
         assert targets[1].tolist() == [1, 2, 3]
+
+    def test_a_source_killed_in_mid_read_is_a_typed_error_and_what_came_before_was_right(self) -> None:
+        source, targets = self.make((1 << 30, 3))
+        source.write(1, [1, 2, 3])
+        link = make_transport("cuda_ipc").open(source.export(), targets, trainer_rank=4)
+        link.pull(1, timeout_s=TIMEOUT_S)
+        killer = threading.Timer(0.2, os.kill, (source.pid, signal.SIGKILL))
+        killer.start()
+        with pytest.raises(SourceDiedError, match="trainer rank 4"):
+            self.pull_until_it_fails(link, targets[1], [1, 2, 3])
+        killer.join()
+        link.close()
+        torch.cuda.synchronize()
+
+    def test_a_source_that_is_stopped_stops_no_reader(self) -> None:
+        source, targets = self.make((1 << 20, 3))
+        source.write(1, [7, 8, 9])
+        link = make_transport("cuda_ipc").open(source.export(), targets, trainer_rank=0)
+        os.kill(source.pid, signal.SIGSTOP)
+        try:
+            link.pull(1, timeout_s=TIMEOUT_S)
+        finally:
+            os.kill(source.pid, signal.SIGCONT)
+        assert targets[1].tolist() == [7, 8, 9]
+        link.close()
+        source.kill()
+
+    def test_sides_that_name_their_gpu_in_other_ways_read_the_same(self) -> None:
+        """The source's process sees its GPU under its UUID, this one as the first of all."""
+        uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+        source = ActorSource("cuda_ipc", (1 << 20, 3), {"CUDA_VISIBLE_DEVICES": uuid})
+        source.write(1, [4, 5, 6])
+        targets = [torch.zeros(size, dtype=torch.uint8, device="cuda") for size in (1 << 20, 3)]
+        link = make_transport("cuda_ipc").open(source.export(), targets, trainer_rank=0)
+        link.pull(1, timeout_s=TIMEOUT_S)
+        assert targets[1].tolist() == [4, 5, 6]
+        link.close()
+        source.kill()
 
     def test_a_closed_export_is_never_read_again(self) -> None:
         source, targets = self.make((64,))
