@@ -38,8 +38,10 @@ def measure(kind: str, device: str, transport: str, runs: int) -> dict[str, Any]
     """One point: our phases and the limit."""
     case, mode, differs = KINDS[kind]
     setup = Setup(case=case, device=device, transport=transport, **differs)
-    samples, facts = measure_ours(setup, runs + 3, mode)
-    rows = [row for row in rows_of("ours", samples) if row["phase"] in PHASES]
+    measured, facts = measure_ours(setup, runs + 3, mode)
+    rows = [
+        row for path, samples in measured.items() for row in rows_of(path, samples) if row["phase"] in PHASES
+    ]
     rows += rows_of("copy_in_process", measure_copy(case, runs + 3, (device_of(device), device_of(device))))
     gc.collect()
     if device == "cuda":

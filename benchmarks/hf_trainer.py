@@ -9,6 +9,9 @@ import torch
 
 from rdt_core import LocalShard, LocalShards, Region, TensorSpec, WeightPublisher
 
+STEP_S = 0.05
+"""Of a step: long enough for a driver to ask engines meanwhile."""
+
 
 class HfTrainer:
     """Goes to and fro between two sets of weights.
@@ -56,12 +59,17 @@ class HfTrainer:
         local = LocalShards(rank=0, world_size=1, shards=shards, locate=locate)
         self._publisher = WeightPublisher.attach(group, local)
 
-    def publish(self, version: int) -> float:
-        """Take the first set of weights at odd versions, the second at even ones; seconds of ``publish``."""
+    def publish(self, version: int) -> tuple[float, float]:
+        """Take the first set of weights at odd versions, the second at even ones, and publish it.
+
+        Returns:
+            When ``publish`` began and ended, on the clock that processes of one host share.
+        """
+        time.sleep(STEP_S)
         self._take(version)
         started = time.perf_counter()
         self._publisher.publish(version)
-        return time.perf_counter() - started
+        return started, time.perf_counter()
 
     def _take(self, version: int) -> None:
         for live, value in zip(self._live.values(), self._sets[(version + 1) % 2], strict=True):

@@ -73,7 +73,7 @@ GPU_SHAPE = {
 }
 ON_GPU = [
     *("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"),
-    *("--mem-fraction-static", "0.3"),
+    *("--mem-fraction-static", "0.3", "--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "16"),
 ]
 CPU_ENV = {"OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1", "TORCHDYNAMO_DISABLE": "1"}
 
@@ -134,8 +134,8 @@ def scheduler_cpu_s(server_pid: int) -> float:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             name, _, rest = stat.read_text().rpartition(")")
-            # Field 6 is the session, which the server's processes share.
-            if "sglang::schedul" in name and int(rest.split()[3]) == server_pid:
+            # Field 5 is the process group, which the server's processes share.
+            if "sglang::schedul" in name and int(rest.split()[2]) == server_pid:
                 pid = stat.parent.name
                 fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
                 return (int(fields[11]) + int(fields[12])) / ticks
@@ -210,14 +210,20 @@ def compare(
     }
 
 
-def measure_syncs(sync: WeightSync, trainer: Any, numbers: range, kv_cache: str) -> dict[str, Any]:
-    """Whole syncs, published and taken one by one, while requests are in flight."""
-    samples: dict[str, list[float]] = {"prepare": [], "read": [], "commit": [], "stall": [], "update": []}
+def measure_syncs(
+    sync: WeightSync, trainer: Any, numbers: range, kv_cache: str, mode: str | None = None
+) -> dict[str, Any]:
+    """Whole syncs while requests are in flight, asked for while the trainer does its step."""
+    samples: dict[str, list[float]] = {
+        phase: [] for phase in ("publish", "prepare", "read", "commit", "stall", "from_publish")
+    }
     for version in numbers:
-        ray.get(trainer.publish.remote(version), timeout=TIMEOUT_S)
-        began = time.perf_counter()
-        report = sync.update(version=version, kv_cache=kv_cache, timeout_s=120.0)
-        samples["update"].append(time.perf_counter() - began)
+        published = trainer.publish.remote(version)
+        report = sync.update(version=version, kv_cache=kv_cache, mode=mode, timeout_s=120.0)
+        ended = time.perf_counter()
+        publish_began, publish_ended = ray.get(published, timeout=TIMEOUT_S)
+        samples["publish"].append(publish_ended - publish_began)
+        samples["from_publish"].append(ended - publish_began)
         samples["read"].append(report.ranks[0].prepare_s)
         for phase in ("prepare", "commit", "stall"):
             samples[phase].append(getattr(report, f"{phase}_s"))
@@ -243,6 +249,7 @@ def main() -> None:
     parser.add_argument("--period", type=float, default=2.5, help="seconds from read to read in paced turns")
     parser.add_argument("--syncs", type=int, default=10)
     parser.add_argument("--clients", type=int, default=2)
+    parser.add_argument("--modes", default="staged", help="of the syncs beside requests, by comma")
     args = parser.parse_args()
     result: dict[str, Any] = {
         "machine": machine(),
@@ -286,12 +293,15 @@ def measure(
         work = rest if period_s is None else read_again(engine, version, read_s, period_s)
         found = compare(load, pid, args.pairs, args.turn, work)
         note(result, f"reads: {name}", {**found, **({"read": summarize(read_s)} if read_s else {})})
-    for kv_cache in ("recompute", "keep"):
+    for mode, kv_cache in itertools.product(args.modes.split(","), ("recompute", "keep")):
+        # The first connects the engine in that mode.
+        warm = next(versions_left)
+        measure_syncs(sync, trainer, range(warm, warm + 1), kv_cache, mode)
         first = next(versions_left)
         versions_left = itertools.count(first + args.syncs)
         load.gaps_s.clear()
-        phases = measure_syncs(sync, trainer, range(first, first + args.syncs), kv_cache)
-        note(result, f"syncs: {kv_cache}", {**phases, "gap_between_tokens": summarize(load.gaps_s)})
+        phases = measure_syncs(sync, trainer, range(first, first + args.syncs), kv_cache, mode)
+        note(result, f"syncs: {mode}, {kv_cache}", {**phases, "gap_between_tokens": summarize(load.gaps_s)})
     note(result, "requests_failed", load.num_failed)
     load.stop()
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 WARM_UP = 3
+PHASES_AHEAD = ("publish", "prepare", "read", "commit", "commit_request", "stall", "from_publish")
 HERE = Path(__file__).parent
 SLOW_PATHS = ("seed_design", "ray_nixl", "gloo", "ray_plasma", "safetensors")
 REFERENCES: dict[str, dict[str, Callable[[str, int, Sequence[str]], list[Sample]]]] = {
@@ -110,13 +111,21 @@ def num_gpus() -> int:
     return max(torch.cuda.device_count(), 1)
 
 
-def measure_ours(setup: Setup, runs: int, mode: str) -> tuple[list[Sample], dict[str, Any]]:
+def measure_ours(
+    setup: Setup, runs: int, mode: str, name: str = "ours"
+) -> tuple[dict[str, list[Sample]], dict[str, Any]]:
     """Publish, prepare, commit, as the driver sees them; and how memory grew from connect to the end.
 
     The trainers have done their step when the clock starts, before the driver calls their ``publish`` through
     Ray: ``end_to_end`` has that call in it, ``from_publish`` begins when the first trainer begins to publish.
+    Then as in a training loop, ``<name>_ahead``: the trainers publish at the end of their step, and the
+    driver has asked the engines while they were at it. ``from_publish`` begins as before.
+
+    Returns:
+        The samples of both by name, and facts of the connection.
     """
-    samples = []
+    samples: list[Sample] = []
+    ahead: list[Sample] = []
     with contextlib.ExitStack() as stack:
         # They start while the trainers do.
         engines = [engine_process(setup, replica) for replica in range(setup.replicas)]
@@ -140,32 +149,19 @@ def measure_ours(setup: Setup, runs: int, mode: str) -> tuple[list[Sample], dict
             "num_reads": [rank["num_reads"] for rank in ranks],
             "read_bytes": [rank["read_nbytes"] for rank in ranks],
             "landing_bytes": [rank["landing_nbytes"] for rank in ranks],
-            "syncs": runs,
+            "syncs": 2 * runs,
         }
         engine_bytes = warm_bytes = 0
         for version in range(1, runs + 1):
             trainers.step()
-            began = time.perf_counter()
-            wait = trainers.start_publish(version)
-            report = sync.update(version=version)
-            ended = time.perf_counter()
-            published = wait()
-            first = min(start for start, _ in published)
+            samples.append(measure_update(sync, version, trainers.start_publish))
             if version == WARM_UP:
                 engine_bytes, warm_bytes = sum(map(memory_of, urls)), trainers.memory_bytes()
-            samples.append(
-                {
-                    "ray_call": first - began,
-                    "publish": max(end - start for start, end in published),
-                    "publish_wait": report.publish_wait_s,
-                    "prepare": report.prepare_s,
-                    "read": max(rank.prepare_s for rank in report.ranks),
-                    "commit": report.commit_s,
-                    "commit_request": report.total_s - report.publish_wait_s - report.prepare_s,
-                    "stall": report.stall_s,
-                    "from_publish": ended - first,
-                    "end_to_end": ended - began,
-                }
+        for version in range(runs + 1, 2 * runs + 1):
+            sample = measure_update(sync, version, trainers.start_step)
+            # In these three a step is waited for.
+            ahead.append(
+                {k: v for k, v in sample.items() if k not in ("ray_call", "publish_wait", "end_to_end")}
             )
         facts["trainer_growth_over_syncs_bytes"] = trainers.memory_bytes() - warm_bytes
         facts["trainer_growth_bytes"] = trainers.memory_bytes() - trainer_bytes
@@ -173,7 +169,31 @@ def measure_ours(setup: Setup, runs: int, mode: str) -> tuple[list[Sample], dict
         if not sync.verify().bytes_equal:
             raise SystemExit("the engine's bytes differ from the trainer's")
         facts["bytes_equal"] = True
-    return samples, facts
+    return {name: samples, f"{name}_ahead": ahead}, facts
+
+
+def measure_update(
+    sync: WeightSync, version: int, start: Callable[[int], Callable[[], list[tuple[float, float]]]]
+) -> Sample:
+    """One update, asked for as soon as the trainers were told to publish its version."""
+    began = time.perf_counter()
+    wait = start(version)
+    report = sync.update(version=version)
+    ended = time.perf_counter()
+    published = wait()
+    first = min(begin for begin, _ in published)
+    return {
+        "ray_call": first - began,
+        "publish": max(end - begin for begin, end in published),
+        "publish_wait": report.publish_wait_s,
+        "prepare": report.prepare_s,
+        "read": max(rank.prepare_s for rank in report.ranks),
+        "commit": report.commit_s,
+        "commit_request": report.total_s - report.publish_wait_s - report.prepare_s,
+        "stall": report.stall_s,
+        "from_publish": ended - first,
+        "end_to_end": ended - began,
+    }
 
 
 def memory_of(url: str) -> int:
@@ -310,7 +330,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--paths", help="reference paths to run beside ours, by comma; by default all")
     parser.add_argument("--runs", type=int, default=20, help="counted runs of each path, after warm-up")
     parser.add_argument("--slow-runs", type=int, help="the same for paths of seconds; by default as --runs")
-    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--json", type=Path, help="also write the result here, after every path")
     return parser.parse_args()
 
 
@@ -343,17 +363,24 @@ def main() -> None:
     with ray_cluster():
         for mode in filter(None, args.modes.split(",")):
             name = "ours" if mode == "staged" else f"ours_{mode}"
-            samples, result["facts"][name] = measure_ours(setup, args.runs + WARM_UP, mode)
-            result["results"] += rows_of(name, samples)
+            measured, result["facts"][name] = measure_ours(setup, args.runs + WARM_UP, mode, name)
+            for path, samples in measured.items():
+                result["results"] += rows_of(path, samples)
+            write(result, args.json)
         devices = setup.trainer_devices()[0], place_engine(setup)
         for path in wanted:
             console.print(path)
             runs = args.slow_runs if args.slow_runs and path in SLOW_PATHS else args.runs
             result["results"] += rows_of(path, available[path](args.case, runs + WARM_UP, devices))
+            write(result, args.json)
     show(result)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def write(result: dict[str, Any], path: Path | None) -> None:
+    """Write what is known so far, where it was asked for."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def place_engine(setup: Setup) -> str:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TIMEOUT_S = 300.0
+STEP_S = 0.02
+"""Of a step, beside its own work: long enough for a driver to ask engines meanwhile."""
 
 
 class Trainer:
@@ -60,7 +62,7 @@ class Trainer:
         )
 
         def locate() -> tuple[int, ...]:
-            return tuple(data.data_ptr() for data in self.tensors.values())
+            return tuple(map(torch.Tensor.data_ptr, self.tensors.values()))
 
         local = LocalShards(rank=self._rank, world_size=self._size, shards=shards, locate=locate)
         self._publisher = WeightPublisher.attach(group, local)
@@ -80,6 +82,12 @@ class Trainer:
         started = time.perf_counter()
         self._publisher.publish(version)
         return started, time.perf_counter()
+
+    def step_and_publish(self, version: int) -> tuple[float, float]:
+        """A step, and at its end its weights; returns as :meth:`publish`."""
+        time.sleep(STEP_S)
+        self.step()
+        return self.publish(version)
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -118,12 +126,11 @@ class TrainerGroup:
 
     def start_publish(self, version: int) -> Callable[[], list[tuple[float, float]]]:
         """Have every rank publish; returns at once with what waits, and gives each rank's begin and end."""
-        published = [actor.publish.remote(version) for actor in self._actors]
+        return _waiter([actor.publish.remote(version) for actor in self._actors])
 
-        def wait() -> list[tuple[float, float]]:
-            return list(ray.get(published, timeout=TIMEOUT_S))
-
-        return wait
+    def start_step(self, version: int) -> Callable[[], list[tuple[float, float]]]:
+        """Have every rank do a step and publish; as :meth:`start_publish`."""
+        return _waiter([actor.step_and_publish.remote(version) for actor in self._actors])
 
     def memory_bytes(self) -> int:
         """Of all ranks together."""
@@ -134,3 +141,10 @@ class TrainerGroup:
         ray.get([actor.close.remote() for actor in self._actors], timeout=TIMEOUT_S)
         for actor in self._actors:
             ray.kill(actor)
+
+
+def _waiter(published: list[Any]) -> Callable[[], list[tuple[float, float]]]:
+    def wait() -> list[tuple[float, float]]:
+        return list(ray.get(published, timeout=TIMEOUT_S))
+
+    return wait
