@@ -66,13 +66,13 @@ def test_a_source_that_stands_still_ends_the_pull_in_time_and_is_read_when_it_go
 ) -> None:
     pull = Pull(source)
     pull.join()
-    os.kill(source._pid, signal.SIGSTOP)
+    os.kill(source.pid, signal.SIGSTOP)
     try:
         # On one host the kernel may copy from a stopped process, so this may also succeed.
         with contextlib.suppress(PullTimeoutError):
             pull.link.pull(0, timeout_s=2.0)
     finally:
-        os.kill(source._pid, signal.SIGCONT)
+        os.kill(source.pid, signal.SIGCONT)
     pull.target.fill_(255)
     pull.link.pull(0, timeout_s=TIMEOUT_S)
     assert not pull.target.any()

@@ -15,26 +15,31 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def make_model() -> nn.Module:
+def make_model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
 
 
-def repoint(model: nn.Module) -> None:
-    weight = model[1].weight
+def last_layer(model: nn.Sequential) -> nn.Linear:
+    layer = model[1]
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def repoint(model: nn.Sequential) -> None:
+    weight = last_layer(model).weight
     weight.data = weight.data.clone()
 
 
-def replace_the_parameter(model: nn.Module) -> None:
-    model[1].weight = nn.Parameter(model[1].weight.detach().clone())
+def replace_the_parameter(model: nn.Sequential) -> None:
+    last_layer(model).weight = nn.Parameter(last_layer(model).weight.detach().clone())
 
 
-def replace_the_module(model: nn.Module) -> None:
-    layer = nn.Linear(3, 2)
-    model[1]._parameters.update(layer._parameters)
+def replace_what_the_module_holds(model: nn.Sequential) -> None:
+    last_layer(model)._parameters.update(nn.Linear(3, 2)._parameters)
 
 
-@pytest.mark.parametrize("move", [repoint, replace_the_parameter, replace_the_module])
-def test_a_parameter_that_moved_is_the_one_found_elsewhere(move: Callable[[nn.Module], None]) -> None:
+@pytest.mark.parametrize("move", [repoint, replace_the_parameter, replace_what_the_module_holds])
+def test_a_parameter_that_moved_is_the_one_found_elsewhere(move: Callable[[nn.Sequential], None]) -> None:
     model = make_model()
     local = fsdp_shards(model)
     before = local.locate()
@@ -63,11 +68,12 @@ def test_a_step_in_place_moves_nothing() -> None:
 
 def test_offsets_count_from_what_is_found_in_parameters_and_buffers() -> None:
     model = nn.BatchNorm1d(4)
-    slots = [Slot(model, "weight", model.weight), Slot(model, "running_mean", model.running_mean)]
+    mean = model.running_mean
+    assert mean is not None
 
-    found = Places([(slots[0], 0), (slots[1], 8)])()
+    found = Places([(Slot(model, "weight", model.weight), 0), (Slot(model, "running_mean", mean), 8)])()
 
-    assert found == (model.weight.data_ptr(), model.running_mean.data_ptr() + 8)
+    assert found == (model.weight.data_ptr(), mean.data_ptr() + 8)
 
 
 def test_a_source_that_no_module_holds_is_asked_for_its_tensor_every_time() -> None:

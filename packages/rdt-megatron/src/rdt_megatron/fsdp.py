@@ -39,7 +39,7 @@ class _FsdpSlot(Slot):
         While FSDP has the group gathered (the root stays so after an evaluation), the attribute holds a
         passing copy or a shard on a smaller mesh; the parameter that the optimizer knows is the first one.
         """
-        found = self.entries.get(self.attribute)
+        found: torch.Tensor | None = self.entries.get(self.attribute)
         if found is None or found is self.tensor:
             return local_of(self.tensor)
         return local_of(found if _same_layout(found, self.tensor) else self.tensor)

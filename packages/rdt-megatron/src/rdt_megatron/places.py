@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -32,12 +32,12 @@ class Slot:
     def __init__(self, module: nn.Module, attribute: str, tensor: torch.Tensor) -> None:
         # As nn.Module looks it up.
         parameters, buffers = module._parameters, module._buffers  # noqa: SLF001
-        self.entries: dict[str, torch.Tensor | None] = parameters if attribute in parameters else buffers
+        self.entries: dict[str, Any] = parameters if attribute in parameters else buffers
         self.attribute, self.tensor = attribute, tensor
 
     def __call__(self) -> torch.Tensor:
         """The tensor now; of a sharded one, what this rank holds."""
-        found = self.entries.get(self.attribute)
+        found: torch.Tensor | None = self.entries.get(self.attribute)
         if found is None:
             raise AttributeError(f"the module has no {self.attribute!r} any more")
         return local_of(found)
