@@ -1,4 +1,4 @@
-"""Megatron-core ranks in training, tensor and pipeline parallel, beside a server of another layout."""
+"""Trainer ranks at work beside a server of another layout: Megatron-core, or FSDP2 with a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.e2e.processes import API_KEY, START_TIMEOUT_S
 from tests.integration.rank_world import RankWorld
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from tests.e2e.processes import Server
@@ -23,20 +23,39 @@ NUM_VERSIONS = 5
 PYTHON = "RDT_MEGATRON_PYTHON"
 
 
+MEGATRON = "tests.megatron.publishing"
+LORA = "tests.integration.lora_publishing"
+
+
 @contextlib.contextmanager
 def attached_ranks(
-    ray_address: str, model: Path, logs: Path, **sizes: Any
+    ray_address: str,
+    model: Path,
+    logs: Path,
+    options: Mapping[str, Any],
+    *,
+    cases: str = MEGATRON,
+    num_ranks: int = 4,
 ) -> Iterator[tuple[str, RankWorld]]:
-    """Four processes of the environment with Megatron-core, which is not the engine's, and their group."""
+    """Processes of the environment with Megatron-core, which is not the engine's, and their group.
+
+    Args:
+        ray_address: of the cluster that both sides join.
+        model: folder of the checkpoint whose configuration is trained.
+        logs: folder for what the ranks print.
+        options: of their ``attach``.
+        cases: module of what they do.
+        num_ranks: how many.
+    """
     python = os.environ.get(PYTHON)
     if not python:
         pytest.skip(f"{PYTHON} does not name an interpreter with Megatron-core; nox sets it")
     group = f"group-{uuid.uuid4().hex[:8]}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", ray_address)
-        ranks = RankWorld(4, "tests.megatron.publishing", logs, python=python)
+        ranks = RankWorld(num_ranks, cases, logs, python=python)
         try:
-            held = ranks.run("attach", group, str(model), sizes, timeout_s=START_TIMEOUT_S)
+            held = ranks.run("attach", group, str(model), dict(options), timeout_s=START_TIMEOUT_S)
             assert all(held), "a rank holds nothing"
             yield group, ranks
             ranks.run("close")

@@ -34,3 +34,10 @@ def test_the_quick_start_shows_the_example_as_it_is() -> None:
     code = (DOCS.parent / "examples" / "quick_start" / "train.py").read_text()
     _, _, body = code.partition('"""\n\nimport')
     assert f"```python\nimport{body}```" in (DOCS / "quick-start.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "page", sorted([DOCS.parent / "README.md", *DOCS.rglob("*.md")]), ids=lambda p: p.name
+)
+def test_no_page_holds_what_a_merge_left_open(page: Path) -> None:
+    assert not re.findall(r"^(?:<<<<<<<|=======|>>>>>>>)(?: |$)", page.read_text(), re.MULTILINE)

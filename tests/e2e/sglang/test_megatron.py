@@ -33,6 +33,6 @@ SIZES = {
 def test_every_version_arrives_byte_by_byte_and_the_engine_goes_on_as_the_trainer_would(
     ray_address: str, server: Server, family: str, checkpoint: Callable[[str, int], Path], tmp_path: Path
 ) -> None:
-    with attached_ranks(ray_address, checkpoint(family, 0), tmp_path, **SIZES) as (group, ranks):
+    with attached_ranks(ray_address, checkpoint(family, 0), tmp_path, SIZES) as (group, ranks):
         first = next_version(server)
         check_versions(server, group, ranks, first, lambda p: int(ask(server, p, 1)["output_ids"][0]))
