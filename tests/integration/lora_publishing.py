@@ -30,6 +30,8 @@ def attach(group: str, model_folder: str, adapter: dict[str, Any]) -> int:
     for layer in model.base_model.model.model.layers:
         fully_shard(layer)
     fully_shard(model)
+    # Those that the optimizer knows: after an evaluation the model shows gathered ones in their place.
+    _state["parameters"] = list(model.parameters())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _state["model"], _state["optimizer"] = model, torch.optim.AdamW(trained, lr=0.02)
     _state["publisher"] = WeightPublisher.attach(group, merged_shards(model))
@@ -44,7 +46,7 @@ def train_and_publish(version: int) -> bool:
     _state["optimizer"].zero_grad()
     _state["publisher"].publish(version)
     changed = [not torch.equal(old, new) for old, new in zip(before, _held(), strict=True)]
-    return changed == [p.requires_grad for p in _state["model"].parameters()]
+    return changed == [p.requires_grad for p in _state["parameters"]]
 
 
 def next_tokens() -> list[int]:
@@ -70,5 +72,5 @@ def _logits() -> torch.Tensor:
 
 def _held() -> list[torch.Tensor]:
     """What this rank holds of every parameter, copied."""
-    parameters = (parameter.detach() for parameter in _state["model"].parameters())
+    parameters = (parameter.detach() for parameter in _state["parameters"])
     return [(p.to_local() if isinstance(p, DTensor) else p).clone() for p in parameters]
