@@ -165,7 +165,7 @@ def build_environment(session: nox.Session, environment: Environment) -> None:
         environment.stamp.unlink(missing_ok=True)
         install_torch(session, environment)
         lists = [argument for file in environment.requirements for argument in ("-r", str(file))]
-        install_large(session, *lists)
+        session.install("--no-deps", *lists)
         for folder in environment.local:
             session.install("--no-deps", "--no-build-isolation", str(folder))
         refuse_cuda_libraries(session)
@@ -186,24 +186,19 @@ def install_torch(session: nox.Session, environment: Environment) -> None:
     """Install the CPU build of torch from where pip is configured to look, or else from PyTorch's index."""
     pin = environment.torch_pin
     try:
-        install_large(session, pin)
+        session.install("--no-deps", pin)
     except CommandFailed:
         session.warn(f"pip's configured indexes have no {pin}; trying {TORCH_CPU_INDEX}")
     else:
         return
     try:
-        install_large(session, "--index-url", TORCH_CPU_INDEX, pin)
+        session.install("--no-deps", "--index-url", TORCH_CPU_INDEX, pin)
     except CommandFailed:
         session.error(
             f"{pin} was found neither where pip is configured to look nor at {TORCH_CPU_INDEX}. Set "
             "PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS to a place that has it for this Python "
             f"({environment.python}) and platform."
         )
-
-
-def install_large(session: nox.Session, *arguments: str) -> None:
-    """Install without dependencies, and leave it to Python to compile the modules that are imported."""
-    session.install("--no-deps", "--no-compile", *arguments)
 
 
 def refuse_cuda_libraries(session: nox.Session) -> None:
@@ -338,10 +333,8 @@ def faults(session: nox.Session) -> None:
 
     ``-- --all`` runs the whole matrix, half an hour; ``-- --all --record`` writes what it measures.
     """
-    chosen = ["--ignore", "tests/faults/engines", *session.posargs]
-    # What is recorded is measured alone.
-    chosen += [] if "--record" in session.posargs else TWO_FILES
-    run_in(session, TORCH, "-m", "pytest", "tests/faults", *chosen, patience_s=30)
+    apart = ("--ignore", "tests/faults/engines")
+    run_in(session, TORCH, "-m", "pytest", "tests/faults", *apart, *session.posargs, patience_s=30)
 
 
 @nox.session(name="faults-engines", venv_backend="none", requires=["env-vllm", "env-sglang"], default=False)
