@@ -73,6 +73,10 @@ class Places:
         """Addresses in bytes."""
         if self._are_slots and self._hold_what_was_described():
             return tuple(map(operator.add, map(torch.Tensor.data_ptr, self._locals), self._offsets))
+        return self.find_each()
+
+    def find_each(self) -> tuple[int, ...]:
+        """The same by asking for each on its own, whatever modules hold."""
         with torch.no_grad():
             return tuple(find().data_ptr() + offset for find, offset in self._sources)
 
