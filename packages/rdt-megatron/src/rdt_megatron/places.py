@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _shard_of = operator.attrgetter("_local_tensor")
+_NOWHERE = torch.empty(0)
 
 
 class Slot:
@@ -36,11 +37,9 @@ class Slot:
         self.attribute, self.tensor = attribute, tensor
 
     def __call__(self) -> torch.Tensor:
-        """The tensor now; of a sharded one, what this rank holds."""
+        """The tensor now; of a sharded one, what this rank holds; of one that is gone, an empty one."""
         found: torch.Tensor | None = self.entries.get(self.attribute)
-        if found is None:
-            raise AttributeError(f"the module has no {self.attribute!r} any more")
-        return local_of(found)
+        return _NOWHERE if found is None else local_of(found)
 
 
 class Places:
