@@ -65,7 +65,7 @@ class HfTrainer:
         Returns:
             When ``publish`` began and ended, on the clock that processes of one host share.
         """
-        time.sleep(STEP_S)
+        time.sleep(STEP_S)  # stands for the step's own work; the clock starts after it
         self._take(version)
         started = time.perf_counter()
         self._publisher.publish(version)

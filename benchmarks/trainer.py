@@ -85,7 +85,7 @@ class Trainer:
 
     def step_and_publish(self, version: int) -> tuple[float, float]:
         """A step, and at its end its weights; returns as :meth:`publish`."""
-        time.sleep(STEP_S)
+        time.sleep(STEP_S)  # stands for the step's own work; the clock starts after it
         self.step()
         return self.publish(version)
 

@@ -145,6 +145,19 @@ def moved_by_assign() -> list[str]:
     return [shard.owner for shard in moved]
 
 
+def moved_within_its_dtensor() -> list[str]:
+    """The same, where the parameter is the one that was described and its local tensor another."""
+    model = make_net()
+    shard_fully(model, model.blocks)
+    local = fsdp_shards(model)
+    before = local.locate()
+    weight: Any = model.head.weight
+    kept, weight._local_tensor = weight._local_tensor, weight._local_tensor.clone()
+    moved = [s for s, a, b in zip(local.shards, before, local.locate(), strict=True) if a != b]
+    assert kept.data_ptr() in before
+    return [shard.owner for shard in moved]
+
+
 def renamed() -> list[str]:
     model = make_net()
     shard_fully(model, model.blocks)

@@ -100,6 +100,10 @@ def test_locate_notices_exactly_the_parameters_that_were_assigned_anew(two: Rank
         assert "embed.weight" not in moved
 
 
+def test_locate_notices_a_local_tensor_that_its_dtensor_no_longer_holds(two: RankWorld) -> None:
+    assert two.run("moved_within_its_dtensor") == [["head.weight"]] * 2
+
+
 @pytest.mark.parametrize(
     "case", ["flat_cases.flat_parameters", "flat_cases.flat_parameters_without_original_ones"]
 )

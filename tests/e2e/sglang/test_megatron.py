@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.e2e.megatron import attached_ranks, check_versions
-from tests.e2e.sglang.asking import ask, next_version
+from tests.e2e.sglang.asking import ask
+from tests.e2e.trainer_ranks import attached_ranks, check_versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,5 +34,4 @@ def test_every_version_arrives_byte_by_byte_and_the_engine_goes_on_as_the_traine
     ray_address: str, server: Server, family: str, checkpoint: Callable[[str, int], Path], tmp_path: Path
 ) -> None:
     with attached_ranks(ray_address, checkpoint(family, 0), tmp_path, SIZES) as (group, ranks):
-        first = next_version(server)
-        check_versions(server, group, ranks, first, lambda p: int(ask(server, p, 1)["output_ids"][0]))
+        check_versions(server, group, ranks, lambda p: int(ask(server, p, 1)["output_ids"][0]))

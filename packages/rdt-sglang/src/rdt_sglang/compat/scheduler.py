@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -135,7 +136,7 @@ def drop_caches(scheduler: Any) -> bool:
     In 0.5.17 every waiting request does, those that were just retracted too; it is shown here those alone
     that own memory of the cache.
     """
-    if "ignore_waiting" in inspect.signature(type(scheduler).is_fully_idle).parameters:
+    if _looks_past_waiting(type(scheduler).is_fully_idle):
         return bool(scheduler.flush_cache(empty_cache=False))
     waiting = scheduler.waiting_queue
     scheduler.waiting_queue = [request for request in waiting if request.kv is not None]
@@ -143,6 +144,12 @@ def drop_caches(scheduler: Any) -> bool:
         return bool(scheduler.flush_cache(empty_cache=False))
     finally:
         scheduler.waiting_queue = waiting
+
+
+@functools.cache
+def _looks_past_waiting(is_fully_idle: Any) -> bool:
+    """Whether schedulers of this make can be idle beside waiting requests; found once, not in every stall."""
+    return "ignore_waiting" in inspect.signature(is_fully_idle).parameters
 
 
 def label_outputs(scheduler: Any, version: str) -> None:

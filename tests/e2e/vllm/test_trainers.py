@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.e2e.megatron import LORA, NUM_VERSIONS, attached_ranks, check_versions
+from tests.e2e.trainer_ranks import LORA, attached_ranks, check_versions
 from tests.e2e.vllm.conftest import serve
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def test_every_version_arrives_byte_by_byte_and_the_engine_goes_on_as_the_traine
 ) -> None:
     sizes = {"tp": 2, "pp": 2, "distributed_optimizer": True}
     with attached_ranks(ray_address, model, tmp_path, sizes) as (group, ranks):
-        check_versions(server, group, ranks, 1, lambda prompt: next_token(server, prompt))
+        check_versions(server, group, ranks, lambda prompt: next_token(server, prompt))
 
 
 def test_an_engine_without_adapters_follows_a_lora_trainer_by_its_merged_weights(
@@ -43,7 +43,7 @@ def test_an_engine_without_adapters_follows_a_lora_trainer_by_its_merged_weights
 ) -> None:
     adapter = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4, "lora_alpha": 8}
     with attached_ranks(ray_address, model, tmp_path, adapter, cases=LORA, num_ranks=2) as (group, ranks):
-        check_versions(server, group, ranks, NUM_VERSIONS + 1, lambda prompt: next_token(server, prompt))
+        check_versions(server, group, ranks, lambda prompt: next_token(server, prompt))
 
 
 def next_token(server: Server, prompt: list[int]) -> int:

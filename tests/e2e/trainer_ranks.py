@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 NUM_VERSIONS = 5
 PYTHON = "RDT_MEGATRON_PYTHON"
-
-
 MEGATRON = "tests.megatron.publishing"
 LORA = "tests.integration.lora_publishing"
 
@@ -64,7 +62,7 @@ def attached_ranks(
 
 
 def check_versions(
-    server: Server, group: str, ranks: RankWorld, first: int, next_token: Callable[[list[int]], int]
+    server: Server, group: str, ranks: RankWorld, next_token: Callable[[list[int]], int]
 ) -> None:
     """Train and sync several versions; compare every byte, and what the engine generates from each.
 
@@ -72,10 +70,11 @@ def check_versions(
         server: of the engine.
         group: of the ranks.
         ranks: attached.
-        first: version; the server has seen none that is greater.
         next_token: asks the engine for its greedy next token after a prompt.
     """
     prompts = ranks.run("prompts")[0]
+    # The server outlives its trainers, and versions only grow.
+    first = 1 + max(int(rank["version"]) for rank in server.get("/rdt/status").json()["ranks"])
     with WeightSync.connect(group, engines=[server.url], api_key=API_KEY) as sync:
         for version in range(first, first + NUM_VERSIONS):
             assert all(ranks.run("train_and_publish", version)), "training left a parameter as it was"
