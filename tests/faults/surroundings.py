@@ -153,10 +153,11 @@ def lose_head() -> Row:
             ]
 
             def harm() -> None:
-                for process in ray_processes:
+                # The machine takes the trainers with it, which are Ray's; an engine is a process of its own.
+                trainers = [psutil.Process(pid) for pid in stage.pids]
+                for process in (*ray_processes, *trainers):
                     process.kill()
-                # A trainer that is a Ray actor ends with its node; an engine is a process of its own.
-                psutil.wait_procs([psutil.Process(pid) for pid in stage.pids], timeout=30)
+                psutil.wait_procs(trainers, timeout=30)
 
             def repair() -> None:
                 clusters.close()

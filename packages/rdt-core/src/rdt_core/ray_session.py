@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rdt_core import ray_errors
 from rdt_core.errors import NoRayClusterError, RayAuthError, TransportUnavailableError
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def join(where: RayAddress | None = None) -> None:
         if "InvalidAuthToken" in str(error):
             raise RayAuthError(address) from error
         raise NoRayClusterError(address, _first_line(error)) from error
+    ray_errors.calm(ray._private.worker.global_worker)  # noqa: SLF001  Ray has no public way
 
 
 @contextmanager
