@@ -5,7 +5,8 @@
 Requests stream all the time. In turns of a few seconds nothing else happens, or the engine reads versions one
 after the other without a pause, and the tokens of every turn are counted: neighbours are compared, so that
 what else the machine does falls on both. `paced` turns read one version a period, as a trainer does whose
-steps take that long. Then whole syncs, for the time that requests in flight stand.
+steps take that long. Then whole syncs, for the time that requests in flight stand. Last, reads without a
+pause again, by drivers that connected with a `read_share` each.
 """
 
 from __future__ import annotations
@@ -250,6 +251,7 @@ def main() -> None:
     parser.add_argument("--syncs", type=int, default=10)
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--modes", default="staged", help="of the syncs beside requests, by comma")
+    parser.add_argument("--shares", default="1,0.5,0.25", help="read_share of the last turns, by comma")
     args = parser.parse_args()
     result: dict[str, Any] = {
         "machine": machine(),
@@ -269,6 +271,9 @@ def main() -> None:
                 note(result, "connected", {k: connected[k] for k in ("connect_s", "read_nbytes", "trainers")})
                 measure(result, sync, trainer, url, pid, args)
                 note(result, "bytes_equal", sync.verify(timeout_s=TIMEOUT_S).bytes_equal)
+                version = sync.version + 1
+            ray.get(trainer.publish.remote(version), timeout=TIMEOUT_S)
+            measure_shares(result, version, url, pid, args)
         ray.get(trainer.close.remote(), timeout=TIMEOUT_S)
     note(result, "load_average_after", os.getloadavg())
     if args.json:
@@ -303,6 +308,21 @@ def measure(
         phases = measure_syncs(sync, trainer, range(first, first + args.syncs), kv_cache, mode)
         note(result, f"syncs: {mode}, {kv_cache}", {**phases, "gap_between_tokens": summarize(load.gaps_s)})
     note(result, "requests_failed", load.num_failed)
+    load.stop()
+
+
+def measure_shares(
+    result: dict[str, Any], version: int, url: str, pid: int, args: argparse.Namespace
+) -> None:
+    """Reads of one version without a pause, as drivers with different shares have the engine do them."""
+    load = Load(url, args.clients)
+    for share in map(float, args.shares.split(",")):
+        with WeightSync.connect("sglang", engines=[url], read_share=share, timeout_s=120.0):
+            read_s: list[float] = []
+            work = read_again(EngineHttp(url), version, read_s, 0.0)
+            found = compare(load, pid, args.pairs, args.turn, work)
+            note(result, f"reads: read_share {share:g}", {**found, "read": summarize(read_s)})
+    note(result, "requests_failed_beside_shares", load.num_failed)
     load.stop()
 
 

@@ -71,6 +71,22 @@ def test_where_each_engine_commits_for_itself_one_that_is_gone_is_named_and_trie
                 controller.update_weights(version)
 
 
+def test_engines_read_as_the_settings_say() -> None:
+    with local_group() as group, group.serve_engine() as engine:
+        made: list[WeightSync] = []
+
+        def connect(name: str, engines: list[str], **options: Any) -> WeightSync:
+            made.append(WeightSync.connect(name, engines, channel=group.channel, **options))
+            return made[-1]
+
+        with WeightUpdateController(replace(SETTINGS, read_share=0.5), connect=connect) as controller:
+            controller.connect("p", group=group.name, inference_worker_urls=[engine])
+            version = group.write_and_publish()
+            controller.update_weights(version)
+            assert made[0].engines[engine][0]["read_share"] == 0.5
+            assert fingerprint(engine) == expected_fingerprint(version)
+
+
 def test_it_drives_trainers_that_are_driven_over_http() -> None:
     group = LocalGroup()
     with (

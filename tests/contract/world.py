@@ -72,9 +72,13 @@ class Engine:
         self.model = ToyModel(100, torch.float32)
         self.subscriber = WeightSubscriber(ToyEngineModel(self.model), channel=channel)
 
-    def connect(self, mode: str = "staged", transport: str = gated.NAME) -> dict[str, Any]:
+    def connect(
+        self, mode: str = "staged", transport: str = gated.NAME, read_share: float = 1.0
+    ) -> dict[str, Any]:
         return self.subscriber.connect(
-            ConnectRequest(group=GROUP, engine=self.name, transport=transport, mode=mode)
+            ConnectRequest(
+                group=GROUP, engine=self.name, transport=transport, mode=mode, read_share=read_share
+            )
         )
 
     @property

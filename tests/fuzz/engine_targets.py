@@ -90,9 +90,10 @@ def _export_requests() -> st.SearchStrategy[tuple[str, dict[str, Any]]]:
             "version": st.sampled_from((1, 2, 3)),
             "ranges": ranges | plain_values,
             "arena": st.lists(item, max_size=2) | plain_values,
+            "pieces": st.lists(st.integers(-1, 4), max_size=3) | plain_values,
         }
     )
-    anything = requests("reader", "transport", "secret", "version", "ranges", "arena")
+    anything = requests("reader", "transport", "secret", "version", "ranges", "arena", "pieces")
     return st.tuples(st.sampled_from(EXPORT_METHODS), likely | anything)
 
 

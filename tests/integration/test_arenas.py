@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from rdt_core import connection
 from rdt_core.arena import ARENA_WINDOW, ArenaItem
 from rdt_core.arena_memory import Arenas
 from rdt_core.describe import describe_trainer
@@ -120,6 +121,32 @@ def test_four_column_ranks_in_bf16_read_two_fp32_column_ranks_through_packed_and
     deadline = time.monotonic() + TIMEOUT_S
     while any(get([trainer.arena_bytes.remote() for trainer in trainers])):
         assert time.monotonic() < deadline, "the arenas outlive their last reader"
+    for trainer in trainers:
+        ray.kill(trainer)
+
+
+@pytest.mark.parametrize("arenas", ["auto", "never"])
+def test_paced_reads_bring_the_same_bytes_piece_by_piece(
+    ray_cluster: str, group: str, arenas: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ray_cluster
+    monkeypatch.setattr(connection, "piece_nbytes", lambda _: 1000)
+    trainers = start_trainers(2, shapes=MIXED, dim=1)
+    get([trainer.attach.remote(group) for trainer in trainers])
+    model = Columns(MIXED, 1, 2, torch.bfloat16)
+    subscriber = WeightSubscriber(EngineRank(model, 1, 2))
+    request = ConnectRequest(group=group, engine="columns", arenas=arenas, read_share=0.5)
+    info = subscriber.connect(request)
+    assert info["num_pieces"] > info["read_nbytes"] // 1000
+    for version in (1, 2):
+        get([trainer.write.remote(version) for trainer in trainers])
+        get([trainer.publish.remote(version) for trainer in trainers])
+        subscriber.prepare(version, verify="digest")
+        subscriber.commit(version)
+        for name, shape in MIXED.items():
+            whole = values_of(name, shape, version, torch.float32).to(torch.bfloat16)
+            assert torch.equal(model.parameter(name), model.part(name, whole))
+    subscriber.disconnect()
     for trainer in trainers:
         ray.kill(trainer)
 

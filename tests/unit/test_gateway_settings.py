@@ -54,6 +54,12 @@ def test_a_bound_that_is_not_positive_is_refused(field: str) -> None:
         replace(GatewaySettings(), **{field: 0})  # type: ignore[arg-type]  # the field is a variable
 
 
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_a_read_share_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(ConfigError, match="read_share"):
+        replace(GatewaySettings(), read_share=share)
+
+
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_a_gateway_error_survives_pickle(error: GatewayError) -> None:
     again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes

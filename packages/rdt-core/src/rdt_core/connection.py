@@ -33,6 +33,7 @@ from rdt_core.landing import Landing, engine_manifest, make_landing
 from rdt_core.link_prices import cost_over
 from rdt_core.links import LinkPlan, OpenLinks, Reader, choose_links, open_links
 from rdt_core.mode import AUTO, INPLACE, PINNED, choose_mode
+from rdt_core.pacing import WITHOUT_REST, Pace, piece_nbytes
 from rdt_core.plan import RELOAD_PREFIX
 from rdt_core.planner import ReadCost, build_plan
 from rdt_core.read_method import NEVER
@@ -61,6 +62,8 @@ class ConnectRequest:
         transport: name of the transport to force, or ``"auto"``.
         mode: ``"staged"``, ``"pinned"``, ``"inplace"``, or ``"auto"``, see :func:`rdt_core.mode.choose_mode`.
         arenas: ``"auto"`` or ``"never"``, see :class:`rdt_core.read_method.ReadCost`.
+        read_share: of the time in which bytes move while a version is read beside generation, see
+            :mod:`rdt_core.pacing`.
         timeout_s: for each wait of the connect, in seconds.
         lender: an engine that lends ``lent_version``, to read that one from; empty to read from the trainers,
             as every other version is.
@@ -74,6 +77,7 @@ class ConnectRequest:
     transport: str = choice.AUTO
     mode: str = AUTO
     arenas: str = "auto"
+    read_share: float = WITHOUT_REST
     timeout_s: float = 60.0
     lender: str = ""
     lent_version: int = 0
@@ -197,8 +201,11 @@ class Connection:
         staged = build_plan(self.wanted, found.manifests, cost=cost)
         self.plan = aim_in_place(staged, self.recording) if self.is_in_place else staged
         self.landing = make_landing(self.plan, self.recording, self.specs, self.device)
-        self.links = _open_links(
-            self.request, self.client, self.engine_rank, self.device, found.manifests, self.plan, self.landing
+        self.links = open_links(
+            _reader(self.request, self.engine_rank, self.device),
+            self.client,
+            found.manifests,
+            _plan_links(self.request, self.mode, self.plan, self.landing),
         )
         self.topology = found.topology
         self.link_times.clear()
@@ -221,10 +228,14 @@ class Connection:
     def _pull(self, version: int, timeout_s: float, before_pull: Callable[[], None]) -> None:
         started, self.read_started_unix_s = time.perf_counter(), time.time()
         deadline = time.monotonic() + timeout_s
-        for trainer_rank, link in self.links.by_rank.items():
-            before_pull()
+        pace = Pace(_share_of(self.request, self.mode))
+        for trainer_rank, links in self.links.by_rank.items():
             pull_started, pull_started_unix_s = time.perf_counter(), time.time()
-            link.pull(version, timeout_s=max(0.001, deadline - time.monotonic()))
+            for link in links:
+                pace.rest(deadline - time.monotonic())
+                before_pull()
+                with pace.moving():
+                    link.pull(version, timeout_s=max(0.001, deadline - time.monotonic()))
             self.link_times[trainer_rank] = (pull_started_unix_s, time.perf_counter() - pull_started)
         self.landing.fill_reload_buffers()
         self.read_s = time.perf_counter() - started
@@ -232,9 +243,9 @@ class Connection:
     def _compare_digests(self, version: int, timeout_s: float) -> None:
         reader = {"reader": reader_name(self.request.engine, self.engine_rank)}
         held = self.source.ask("digest_reads", dict.fromkeys(self.links.by_rank, reader), timeout_s)
+        planned = _plan_links(self.request, self.mode, self.plan, self.landing)
         for trainer_rank in self.links.by_rank:
-            targets = self.landing.targets(self.plan.reads_from(trainer_rank))
-            if held[trainer_rank] != [digest_bytes(target) for target in targets]:
+            if held[trainer_rank] != [digest_bytes(target) for target in planned[trainer_rank].targets]:
                 raise TornReadError(version, trainer_rank)
 
     def close(self) -> None:
@@ -262,6 +273,7 @@ class Connection:
     def _describe_plan(self) -> dict[str, Any]:
         return {
             "mode": self.mode,
+            "read_share": _share_of(self.request, self.mode),
             "source": self.request.lender if self.is_borrowing else TRAINERS,
             "num_tensors": self.plan.num_tensors,
             "nbytes": self.plan.payload_nbytes,
@@ -347,7 +359,12 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
         plan=plan,
         mode=mode,
         landing=landing,
-        links=_open_links(request, source, model.rank, device, found.manifests, plan, landing),
+        links=open_links(
+            _reader(request, model.rank, device),
+            source,
+            found.manifests,
+            _plan_links(request, mode, plan, landing),
+        ),
         reader=ReaderThread(f"rdt-reader-{model.rank}"),
     )
 
@@ -404,17 +421,9 @@ def _reader(request: ConnectRequest, engine_rank: int, device: torch.device) -> 
     )
 
 
-def _open_links(
-    request: ConnectRequest,
-    client: CoordinatorClient,
-    engine_rank: int,
-    device: torch.device,
-    trainers: Sequence[Manifest],
-    plan: Plan,
-    landing: Landing,
-) -> OpenLinks:
-    reader = _reader(request, engine_rank, device)
-    planned = {
+def _plan_links(request: ConnectRequest, mode: str, plan: Plan, landing: Landing) -> dict[int, LinkPlan]:
+    """What to read from each trainer rank: over one link, or piece by piece where reads rest."""
+    whole = {
         rank: LinkPlan(
             ranges=[(read.window, read.offset_bytes, read.nbytes) for read in plan.reads_from(rank)],
             targets=landing.targets(plan.reads_from(rank)),
@@ -422,7 +431,14 @@ def _open_links(
         )
         for rank in plan.trainer_ranks
     }
-    return open_links(reader, client, trainers, planned)
+    if _share_of(request, mode) == WITHOUT_REST:
+        return whole
+    return {rank: planned.cut(piece_nbytes(plan.read_nbytes)) for rank, planned in whole.items()}
+
+
+def _share_of(request: ConnectRequest, mode: str) -> float:
+    """Nothing rests in place: there the model waits for the read."""
+    return WITHOUT_REST if mode == INPLACE else request.read_share
 
 
 def _refuse_other_dtypes(plan: Plan, specs: dict[str, TensorSpec]) -> None:

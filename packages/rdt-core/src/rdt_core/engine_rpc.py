@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from rdt_core import tracing
 from rdt_core.error_wire import to_wire
-from rdt_core.errors import RdtError, WireFormatError
+from rdt_core.errors import ConfigError, RdtError, WireFormatError
+from rdt_core.pacing import WITHOUT_REST, check_read_share
 from rdt_core.subscriber import ConnectRequest, WeightSubscriber
 from rdt_core.timeouts import check_timeout
 
@@ -75,7 +76,11 @@ def parse_connect(payload: Mapping[str, Any]) -> ConnectRequest:
     lent = payload.get("lent_version", 0)
     if not isinstance(lent, int) or isinstance(lent, bool) or lent < 0:
         raise WireFormatError("connect request", f"lent_version must be a version, got {lent!r}")
-    return ConnectRequest(**{**payload, "timeout_s": parse_timeout(payload)})
+    try:
+        share = check_read_share(payload.get("read_share", WITHOUT_REST))
+    except ConfigError as error:
+        raise WireFormatError("connect request", str(error)) from None
+    return ConnectRequest(**{**payload, "read_share": share, "timeout_s": parse_timeout(payload)})
 
 
 def parse_version(payload: Mapping[str, Any]) -> int:

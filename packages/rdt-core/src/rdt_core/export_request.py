@@ -25,12 +25,14 @@ class ExportRequest:
         transport: that is to carry them.
         ranges: (window, byte offset, bytes), each inside of its window.
         items: what the arena holds that some of them lie in.
+        pieces: how many of the ranges each export offers, in order; none for all in one.
     """
 
     reader: str
     transport: str
     ranges: tuple[tuple[str, int, int], ...]
     items: tuple[ArenaItem, ...]
+    pieces: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,16 +53,22 @@ def parse_export(payload: Mapping[str, Any], window_nbytes: Mapping[str, int]) -
         window_nbytes: size of every window of this rank.
 
     Raises:
-        WireFormatError: a field is missing, of the wrong type, or a range reaches out of its window.
+        WireFormatError: a field is missing, of the wrong type, a range reaches out of its window, or the
+            pieces are not made of all ranges.
         UnknownDtypeError: an item of the arena has a dtype that this project does not move.
     """
     items = items_from_wire(_sequence(payload, "arena"))
     sizes = {**window_nbytes, ARENA_WINDOW: place_items(items)[1]}
+    ranges = tuple(_parse_range(part, sizes) for part in _sequence(payload, "ranges"))
+    pieces = tuple(_whole(count, "a piece") for count in _sequence(payload, "pieces"))
+    if pieces and (0 in pieces or sum(pieces) != len(ranges)):
+        raise WireFormatError(_WHAT, f"pieces of {sum(pieces)} ranges, none of them empty, for {len(ranges)}")
     return ExportRequest(
         reader=parse_reader(payload),
         transport=_text(payload, "transport"),
-        ranges=tuple(_parse_range(part, sizes) for part in _sequence(payload, "ranges")),
+        ranges=ranges,
         items=items,
+        pieces=pieces,
     )
 
 

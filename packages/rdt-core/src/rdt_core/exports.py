@@ -14,6 +14,7 @@ from rdt_core.digest import digest_bytes
 from rdt_core.export_request import parse_export, parse_probe, parse_reader
 from rdt_core.probe import ROUNDS, ProbeSource, Scratch
 from rdt_core.transports import make_transport
+from rdt_core.transports.pieces import split
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -26,15 +27,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    """What one reader reads: an export of these views, and the arena that some of them lie in."""
+    """What one reader reads: exports of these views, and the arena that some of them lie in."""
 
-    export: Export
+    exports: Sequence[Export]
     views: Sequence[torch.Tensor]
     arena: ArenaHold
 
     def close(self) -> None:
         """Stop offering, then free."""
-        self.export.close()
+        for export in self.exports:
+            export.close()
         self.arena.close()
 
 
@@ -74,8 +76,8 @@ class Exports:
         """
         with self._refreshing:
             self._arenas.refresh()
-            for offer in self._offers.values():
-                offer.export.refresh(version)
+            for export in itertools.chain(*(offer.exports for offer in self._offers.values())):
+                export.refresh(version)
             self._version = version
 
     def probe(self, payload: Mapping[str, Any]) -> object:
@@ -92,8 +94,8 @@ class Exports:
             source = self._probes[reader] = ProbeSource(self._transport(name), scratch)
         return source.write(asked.secret, asked.version)
 
-    def open(self, payload: Mapping[str, Any]) -> object:
-        """Offer byte ranges to a reader, in place of all that it had before; returns the ticket.
+    def open(self, payload: Mapping[str, Any]) -> list[object]:
+        """Offer byte ranges to a reader, in place of all that it had before; returns a ticket a piece.
 
         Raises:
             WireFormatError: the request is malformed.
@@ -112,13 +114,16 @@ class Exports:
                 else self._windows[window][offset : offset + nbytes]
                 for window, offset, nbytes in asked.ranges
             ]
-            export = self._transport(name).export(views)
-            undo.callback(export.close)
+            exports = []
+            for part in split(views, asked.pieces):
+                exports.append(self._transport(name).export(part))
+                undo.callback(exports[-1].close)
             with self._refreshing:
-                export.refresh(self._version)
-                self._offers[asked.reader] = _Offer(export, views, arena)
+                for export in exports:
+                    export.refresh(self._version)
+                self._offers[asked.reader] = _Offer(exports, views, arena)
             undo.pop_all()
-        return export.ticket
+        return [export.ticket for export in exports]
 
     def digest(self, payload: Mapping[str, Any]) -> list[int]:
         """Digests of the byte ranges that a reader reads, one each."""

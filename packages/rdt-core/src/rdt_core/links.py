@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import secrets
 import time
@@ -17,6 +18,7 @@ from rdt_core.describe import node_name
 from rdt_core.probe import ROUNDS, ProbeTarget
 from rdt_core.transports import make_transport
 from rdt_core.transports.offers import offered_transports
+from rdt_core.transports.pieces import cut_into_objects, split
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -57,17 +59,30 @@ class Reader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkPlan:
-    """One link to open.
+    """What to read from one trainer rank.
 
     Args:
         ranges: (window, byte offset, bytes) in the trainer rank's memory, one a read.
         targets: where they land, in the same order.
         items: what the trainer rank lays out, for ranges in ``rdt_core.arena.ARENA_WINDOW``.
+        pieces: how many of the ranges each link carries, in order; by default one carries all.
     """
 
     ranges: Sequence[tuple[str, int, int]]
     targets: Sequence[torch.Tensor]
     items: Sequence[ArenaItem] = ()
+    pieces: Sequence[int] = ()
+
+    def cut(self, max_nbytes: int) -> LinkPlan:
+        """The same bytes in pieces of a bounded size, each for a link of its own."""
+        objects = cut_into_objects([nbytes for _, _, nbytes in self.ranges], max_nbytes)
+        parts = [part for parts in objects for part in parts]
+        ranges, targets = [], []
+        for part in parts:
+            window, offset, _ = self.ranges[part.view]
+            ranges.append((window, offset + part.view_offset, part.nbytes))
+            targets.append(self.targets[part.view][part.view_offset : part.view_offset + part.nbytes])
+        return LinkPlan(ranges=ranges, targets=targets, items=self.items, pieces=[*map(len, objects)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,12 +90,12 @@ class OpenLinks:
     """All links of an engine rank, by trainer rank.
 
     Args:
-        by_rank: the links, to pull.
+        by_rank: the links, to pull in order; one, or one a piece.
         choices: which transport each uses, and why.
         probe_s: what probing all of them took.
     """
 
-    by_rank: dict[int, Link]
+    by_rank: dict[int, tuple[Link, ...]]
     choices: Mapping[int, TransportChoice]
     probe_s: float
 
@@ -89,13 +104,14 @@ class OpenLinks:
 
     def close(self) -> None:
         """Close every link and forget it, which lets go of the memory it was aimed at. Idempotent."""
-        for link in self.by_rank.values():
+        for link in itertools.chain(*self.by_rank.values()):
             link.close()
         self.by_rank.clear()
 
     def describe(self) -> dict[str, Any]:
-        """Plain values for the connect's answer and ``status``: trainers, reasons, probe_s."""
+        """Plain values for the connect's answer and ``status``: trainers, reasons, num_pieces, probe_s."""
         return {
+            "num_pieces": sum(map(len, self.by_rank.values())),
             "trainers": {rank: choice.transport for rank, choice in self.choices.items()},
             "reasons": {rank: choice.reason for rank, choice in self.choices.items()},
             "probe_s": self.probe_s,
@@ -205,20 +221,24 @@ def _open_all(
     transports: Mapping[int, Transport],
     planned: Mapping[int, LinkPlan],
     opened: contextlib.ExitStack,
-) -> dict[int, Link]:
-    """A link to every trainer rank; ``opened`` closes them if a later one fails."""
+) -> dict[int, tuple[Link, ...]]:
+    """The links to every trainer rank; ``opened`` closes them if a later one fails."""
     asked = {
         rank: {
             "reader": reader.name,
             "transport": transport.name,
             "ranges": [tuple(part) for part in planned[rank].ranges],
             "arena": items_to_wire(planned[rank].items),
+            "pieces": list(planned[rank].pieces),
         }
         for rank, transport in transports.items()
     }
     tickets = client.ask("export", asked, reader.timeout_s)
-    links: dict[int, Link] = {}
-    for rank, ticket in sorted(tickets.items()):
-        links[rank] = transports[rank].open(ticket, planned[rank].targets, trainer_rank=rank)
-        opened.callback(links[rank].close)
+    links: dict[int, tuple[Link, ...]] = {}
+    for rank, offered in sorted(tickets.items()):
+        targets = split(planned[rank].targets, planned[rank].pieces)
+        for ticket, part in zip(offered, targets, strict=True):
+            link = transports[rank].open(ticket, part, trainer_rank=rank)
+            opened.callback(link.close)
+            links[rank] = (*links.get(rank, ()), link)
     return links

@@ -84,10 +84,10 @@ class WeightSubscriber:
         happens; after an error there is no connection.
 
         Returns:
-            Plain values: version (that the model holds), rank, world_size, mode, num_tensors, nbytes,
-            read_nbytes, num_reads, landing_nbytes, arena_bytes, reload, trainers and reasons (which transport
-            each trainer rank is read over, and why), probe_s, connect_s, awaits_publication (that
-            :meth:`start_prepare` can be called before a version is published).
+            Plain values: version (that the model holds), rank, world_size, mode, read_share, num_tensors,
+            nbytes, read_nbytes, num_reads, landing_nbytes, arena_bytes, reload, trainers and reasons (which
+            transport each trainer rank is read over, and why), num_pieces, probe_s, connect_s,
+            awaits_publication (that :meth:`start_prepare` can be called before a version is published).
 
         Raises:
             RdtError: the typed reason; see the README's table.

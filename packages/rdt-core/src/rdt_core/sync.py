@@ -24,6 +24,7 @@ from rdt_core.history import CoordinatorHistory
 from rdt_core.lifecycle import SyncEvent, SyncLife
 from rdt_core.member import Member
 from rdt_core.mode import AUTO
+from rdt_core.pacing import WITHOUT_REST, check_read_share
 from rdt_core.progress import Progress
 from rdt_core.read_method import ARENA_POLICIES
 from rdt_core.report import VerifyReport
@@ -88,6 +89,7 @@ class WeightSync:
         transport: str = choice.AUTO,
         mode: str = AUTO,
         arenas: str = "auto",
+        read_share: float = WITHOUT_REST,
         commit_policy: str = ALL_OR_NONE,
         timeout_s: float = 120.0,
         observers: Sequence[SyncObserver] = (),
@@ -110,6 +112,10 @@ class WeightSync:
                 engine rank for itself.
             arenas: ``"auto"`` has trainer ranks hold packed and cast copies of what is cheaper to read that
                 way, ``SyncReport.arena_bytes`` in all; ``"never"`` takes no memory of theirs.
+            read_share: share of the time in which an engine rank moves bytes while it reads beside
+                generation, more than 0 and up to 1. By default it reads as fast as its links go; at 0.25 a
+                read takes four times as long and generation feels a quarter of it. Commits do not rest, nor
+                in-place reads, which are part of them.
             commit_policy: of every update that does not say, see :meth:`update`.
             timeout_s: for each engine's connect, in seconds.
             observers: are told about every sync; metrics for instance.
@@ -129,6 +135,7 @@ class WeightSync:
             raise ConfigError(f"engines must be one or more different URLs, got {list(engines)!r}.")
         if arenas not in ARENA_POLICIES:
             raise ConfigError(f"arenas={arenas!r} is not a policy. Use one of {ARENA_POLICIES}.")
+        read_share = check_read_share(read_share)
         where = ray_session.RayAddress("")
         if channel is None:
             ray_session.join()
@@ -142,6 +149,7 @@ class WeightSync:
             "transport": transport if transport != choice.AUTO else settings.read_transport(),
             "mode": mode,
             "arenas": arenas,
+            "read_share": read_share,
             "timeout_s": timeout_s,
         }
         reached = [EngineHttp(url, api_key=api_key) for url in engines]

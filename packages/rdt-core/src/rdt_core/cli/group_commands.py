@@ -124,6 +124,9 @@ def update(  # noqa: PLR0913, PLR0917  one argument an option of the command lin
     commit_policy: Annotated[
         str, typer.Option(metavar="WORD", help="group: all engines or none; engine: each for itself.")
     ] = "group",
+    read_share: Annotated[
+        float, typer.Option(metavar="X", help="Of the time in which a read moves bytes; below 1 it rests.")
+    ] = 1.0,
     has_verify: Annotated[  # noqa: FBT002
         bool, typer.Option("--verify", help="Compare digests of every tensor afterwards.")
     ] = False,
@@ -153,6 +156,7 @@ def update(  # noqa: PLR0913, PLR0917  one argument an option of the command lin
             api_key=key,
             transport=transport,
             commit_policy=commit_policy,
+            read_share=read_share,
             timeout_s=timeout_s,
         ) as sync:
             report = sync.update(wanted, kv_cache=kv_cache, timeout_s=timeout_s)

@@ -66,6 +66,7 @@ def settings_of(args: argparse.Namespace) -> GatewaySettings:
         group=args.group,
         transport=args.transport,
         commit_policy=args.commit_policy,
+        read_share=args.read_share,
         engine_api_key=settings.read_key(settings.ENGINE_API_KEY),
         trainer_api_key=settings.read_key(settings.TRAINER_API_KEY),
         init_timeout_s=args.init_timeout,
@@ -93,6 +94,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--commit-policy",
         default="group",
         help="group: all engines of a pair or none; engine: each for itself (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--read-share",
+        type=float,
+        default=1.0,
+        help="share of the time in which an engine rank moves bytes while it reads; below 1 it rests "
+        "between pieces, so that generation feels less of it (default: %(default)s)",
     )
     parser.add_argument("--init-timeout", type=float, default=300.0, help="seconds for a connect")
     parser.add_argument(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from rdt_core import choice
 from rdt_core.errors import ConfigError
+from rdt_core.pacing import WITHOUT_REST, check_read_share
 
 DEFAULT_KEYS = frozenset({"areal-admin-key", "admin", "changeme", "secret", "password"})
 """Keys that everybody knows: the default of AReaL's gateway, and what stands in examples."""
@@ -27,6 +28,8 @@ class GatewaySettings:
         group: the sync group of a ``/connect`` that names neither a group nor trainer workers.
         transport: for every link; by default each link chooses.
         commit_policy: ``"group"``, all engines of a pair or none; ``"engine"``, each for itself.
+        read_share: of the time in which an engine rank moves bytes while it reads, see
+            :mod:`rdt_core.pacing`.
         engine_api_key: of the engine servers.
         trainer_api_key: of the trainers' own HTTP routes.
         init_timeout_s: for a connect, in seconds.
@@ -45,6 +48,7 @@ class GatewaySettings:
     group: str = ""
     transport: str = choice.AUTO
     commit_policy: str = "group"
+    read_share: float = WITHOUT_REST
     engine_api_key: str = field(default="", repr=False)
     trainer_api_key: str = field(default="", repr=False)
     init_timeout_s: float = 300.0
@@ -65,6 +69,7 @@ class GatewaySettings:
                 f"commit_policy {self.commit_policy!r} is none of {', '.join(COMMIT_POLICIES)}. Leave it out "
                 "for all engines of a pair or none."
             )
+        check_read_share(self.read_share)
         for name in ("init_timeout_s", "update_timeout_s", "max_body_bytes", "max_store_bytes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)!r}.")

@@ -1,12 +1,15 @@
-"""Cutting the bytes of many views into objects of a bounded size, alike at both ends of a store."""
+"""Cutting the bytes of many views into objects of a bounded size, alike at both ends."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+View = TypeVar("View")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,12 @@ def cut_into_objects(sizes: Sequence[int], max_object_nbytes: int) -> list[list[
             done += nbytes
             filled += nbytes
     return objects
+
+
+def split(views: Sequence[View], counts: Sequence[int]) -> list[Sequence[View]]:
+    """The views in groups of these sizes, in order; all in one group when no size is given."""
+    ends = [*itertools.accumulate(counts)] or [len(views)]
+    return [views[start:end] for start, end in itertools.pairwise((0, *ends))]
 
 
 def object_nbytes(pieces: Sequence[Piece]) -> int:
