@@ -12,6 +12,8 @@ pytest.importorskip("sglang", reason="SGLang is not installed: its layers cannot
 
 import torch
 
+from rdt_core.error_wire import from_wire
+from rdt_core.errors import CannotLendError
 from rdt_core.model_thread import ModelThread
 from rdt_sglang.model import SglangModel
 from tests.e2e.family_checkpoints import load_checkpoint, save_checkpoint
@@ -46,17 +48,12 @@ def permutations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, core.__name__, core)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # SGLang and transformers deprecate among themselves
-@pytest.mark.usefixtures("permutations")
-def test_packed_experts_are_unpacked_for_a_recording_and_for_a_commit_and_packed_again(
-    tmp_path: Path,
-) -> None:
+def schedule_packed(folder: Path) -> SimpleNamespace:
+    """As much of a scheduler as a rank's model needs, around a real model whose experts are packed."""
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
-    save_checkpoint("Qwen3-MoE", tmp_path, **SIZES)
-    tensors = load_checkpoint(tmp_path)
-    model = build_model(tmp_path)
+    save_checkpoint("Qwen3-MoE", folder, **SIZES)
+    model = build_model(folder)
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)
         if hasattr(method, "use_flashinfer_trtllm_moe"):
@@ -70,7 +67,19 @@ def test_packed_experts_are_unpacked_for_a_recording_and_for_a_commit_and_packed
     runner = SimpleNamespace(
         model=model, model_config=SimpleNamespace(dtype=torch.bfloat16), weight_updater=updater
     )
-    scheduler = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner))
+    return SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # SGLang and transformers deprecate among themselves
+@pytest.mark.usefixtures("permutations")
+def test_packed_experts_are_unpacked_for_a_recording_and_for_a_commit_and_packed_again(
+    tmp_path: Path,
+) -> None:
+    scheduler = schedule_packed(tmp_path)
+    tensors = load_checkpoint(tmp_path)
+    model = scheduler.tp_worker.model_runner.model
+    updater = scheduler.tp_worker.model_runner.weight_updater
 
     def load(values: dict[str, torch.Tensor]) -> dict[str, bytes]:
         """What SGLang's own update leaves."""
@@ -92,3 +101,17 @@ def test_packed_experts_are_unpacked_for_a_recording_and_for_a_commit_and_packed
         rank.finalize()
     assert picture(model) == expected != before
     assert rank.record(specs_of(tensors)) is recording
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("permutations")
+def test_a_rank_whose_experts_are_packed_lends_nothing(tmp_path: Path) -> None:
+    from rdt_sglang.engine import SchedulerReceiver
+
+    # Made without what a running scheduler is hooked for: what refuses is asked before any of that.
+    receiver: Any = SchedulerReceiver.__new__(SchedulerReceiver)
+    receiver._model = SglangModel(schedule_packed(tmp_path), ModelThread())
+    answer = receiver._answer("lend", {"version": 1})
+    with pytest.raises(CannotLendError, match="packed for a kernel"):
+        raise from_wire(answer["error"])
