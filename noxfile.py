@@ -374,13 +374,16 @@ def e2e_vllm(session: nox.Session) -> None:
 
 @nox.session(name="e2e-sglang", venv_backend="none", requires=["env-sglang", "env-megatron"])
 def e2e_sglang(session: nox.Session) -> None:
-    """Sync weights into real SGLang servers on the CPU, and compare every byte."""
+    """Sync weights into real SGLang servers on the CPU, and compare every byte.
+
+    ``-- -m wide`` runs the servers of four schedulers, which take minutes to start on two cores.
+    """
     tests = ("tests/e2e/sglang", "tests/e2e/sglang_families")
     # Tests of one server share a process even over files: see the scheduler in tests/e2e/sglang/conftest.py.
     # SGLang compiles nothing on a CPU, and a server takes its time to start on a small machine.
     env = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTEST_TIMEOUT": "600"}
     env["RDT_MEGATRON_PYTHON"] = str(MEGATRON.python_path)
-    arguments = (*tests, *TWO_FILES, "-m", "not cuda", *session.posargs)
+    arguments = (*tests, *TWO_FILES, "-m", "not cuda and not wide", *session.posargs)
     run_in(session, SGLANG, "-m", "pytest", *arguments, patience_s=30, env=env)
 
 

@@ -37,7 +37,7 @@ CASE_IN_ID = re.compile(rf"[\[-]({'|'.join(CASES)})[\]-]")
 ENGINE_ENV = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
+    "SGLANG_CPU_OMP_THREADS_BIND": "0|1|0|1",
     "TORCHDYNAMO_DISABLE": "1",
 }
 

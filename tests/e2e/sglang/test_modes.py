@@ -1,4 +1,4 @@
-"""A pipeline of two stages behind two tokenizer workers, on a cluster that is known when it starts."""
+"""Pipelines of two stages behind two tokenizer workers, on a cluster that is known when they start."""
 
 from __future__ import annotations
 
@@ -22,18 +22,25 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 FLAGS = ["--pp-size", "2", "--tokenizer-worker-num", "2", "--sleep-on-idle", "--weight-sync", "rdt"]
+# Two schedulers, and four.
+CASES = (
+    pytest.param((), 2, id="pp2"),
+    pytest.param(("--tp", "2"), 4, id="pp2-tp2", marks=pytest.mark.wide),
+    pytest.param(("--dp", "2"), 4, id="pp2-dp2", marks=pytest.mark.wide),
+)
 NUM_TOKENS = 200
 
 
+@pytest.mark.parametrize(("more", "num_ranks"), CASES)
 def test_a_pipeline_gets_ready_before_it_serves_and_flips_all_its_stages_between_two_micro_batches(
-    ray_address: str, checkpoint: Callable[[str, int], Path]
+    more: tuple[str, ...], num_ranks: int, ray_address: str, checkpoint: Callable[[str, int], Path]
 ) -> None:
     first, second = checkpoint("qwen3", 0), checkpoint("qwen3", 1)
     group = f"group-{uuid.uuid4().hex[:8]}"
     env = {"RAY_ADDRESS": ray_address, "RAY_AUTH_MODE": auth_mode()}
-    with start_trainer(group, ray_address, first) as trainer, serve(first, *FLAGS, env=env) as server:
+    with start_trainer(group, ray_address, first) as trainer, serve(first, *FLAGS, *more, env=env) as server:
         ready = ranks_of(server)
-        assert [rank["is_in_cluster"] for rank in ready] == [True, True]
+        assert [rank["is_in_cluster"] for rank in ready] == [True] * num_ranks
         assert all(rank["num_recorded"] > 0 for rank in ready)
         with connect(server, trainer) as sync:
             loaded = ask_all(server)
@@ -43,7 +50,7 @@ def test_a_pipeline_gets_ready_before_it_serves_and_flips_all_its_stages_between
             trainer.publish(first, trainer.version + 1)
             report = sync.update(version=trainer.version)
             assert ask_all(server) == loaded
-            check_status(server, group, report.version)
+            check_status(server, group, report.version, num_ranks)
             hold_and_flip(server, trainer, sync, second)
 
 
@@ -57,11 +64,11 @@ def flip_under_load(server: Server, trainer: Trainer, sync: WeightSync, folder: 
     assert sync.verify().bytes_equal
 
 
-def check_status(server: Server, group: str, version: int) -> None:
+def check_status(server: Server, group: str, version: int, num_ranks: int) -> None:
     status = server.get("/rdt/status").json()
     assert (status["group"], status["version"]) == (group, version)
     last = status["last_sync"]
-    assert (last["version"], [rank["rank"] for rank in last["ranks"]]) == (version, [0, 1])
+    assert (last["version"], [rank["rank"] for rank in last["ranks"]]) == (version, [*range(num_ranks)])
     assert 0 < last["commit_s"] <= last["stall_s"]
 
 
