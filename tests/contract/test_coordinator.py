@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import uuid
@@ -9,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
+import ray
 
 from rdt_core.client import CoordinatorClient, LocalChannel, RayChannel
-from rdt_core.coordinator import SILENT_S
+from rdt_core.coordinator import POLL_S, SILENT_S
 from rdt_core.errors import (
     ConfigError,
     CoordinatorLostError,
@@ -27,6 +29,7 @@ from rdt_core.errors import (
     TopologyChangedError,
     UnknownGroupError,
 )
+from rdt_core.peers import GroupCoordinator
 from rdt_core.words import LastWords, Outcome
 from tests.contract.world import Clock
 from tests.local_group import wait_for
@@ -35,19 +38,54 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+@pytest.fixture
+def clock() -> Clock:
+    """Of the coordinator in this process. An actor has its own, and its tests wait."""
+    return Clock()
+
+
+class SharedActor:
+    """A coordinator's actor for many tests, since each takes seconds to import torch."""
+
+    def __init__(self) -> None:
+        self._channel: RayChannel | None = None
+
+    def begin_anew(self) -> RayChannel:
+        """The actor, which has forgotten all that it was told; another one where a test has ended it."""
+        if self._channel is not None:
+            anew = self._channel._actor.__ray_call__.remote(
+                lambda held: GroupCoordinator.__init__(held, "policy")
+            )
+            with contextlib.suppress(ray.exceptions.RayActorError):
+                ray.get(anew, timeout=60.0)
+                return self._channel
+        self._channel = RayChannel.create(f"policy-{uuid.uuid4().hex}")
+        # Until it answers, which takes a busy machine longer than a call may.
+        self._channel.call("session", timeout_s=120.0)
+        return self._channel
+
+    def end(self) -> None:
+        if self._channel is not None:
+            self._channel.end()
+
+
+@pytest.fixture(scope="module")
+def shared_actor(ray_cluster: str) -> Iterator[SharedActor]:
+    assert ray_cluster
+    actor = SharedActor()
+    yield actor
+    actor.end()
+
+
 @pytest.fixture(params=["local", "ray"])
-def client(request: pytest.FixtureRequest) -> Iterator[CoordinatorClient]:
+def client(request: pytest.FixtureRequest, clock: Clock) -> Iterator[CoordinatorClient]:
     """A fresh group's coordinator."""
-    channel: LocalChannel | RayChannel
     if request.param == "local":
-        channel = LocalChannel("policy")
+        channel = LocalChannel("policy", clock)
+        yield CoordinatorClient(channel)
+        channel.end()
     else:
-        request.getfixturevalue("ray_cluster")
-        channel = RayChannel.create(f"policy-{uuid.uuid4().hex}")
-        # An actor imports torch before it answers, which takes a busy machine longer than a call may.
-        channel.call("session", timeout_s=120.0)
-    yield CoordinatorClient(channel)
-    channel.end()
+        yield CoordinatorClient(request.getfixturevalue("shared_actor").begin_anew())
 
 
 class Rank:
@@ -69,6 +107,8 @@ class Rank:
 
     def stop(self) -> None:
         self._stop.set()
+        with contextlib.suppress(RdtError):
+            self.client.end_tasks(self.rank, self.instance)
         self._thread.join(20)
 
 
@@ -103,9 +143,12 @@ def test_a_live_rank_cannot_be_attached_twice(client: CoordinatorClient, ranks: 
     ranks[0].client.publish(0, ranks[0].instance, 1)
 
 
-def test_a_rank_that_fell_silent_is_replaced_and_its_versions_go_on(client: CoordinatorClient) -> None:
+def test_a_rank_that_fell_silent_is_replaced_and_its_versions_go_on(
+    client: CoordinatorClient, clock: Clock
+) -> None:
     client.attach(0, 1, "dead process", b"old")
     client.publish(0, "dead process", 7)
+    clock.skip(2 * SILENT_S)
     assert client.attach(0, 1, "new process", b"new") == 7
     assert client.manifests(1.0) == [b"new"]
     with pytest.raises(GroupInUseError):
@@ -204,15 +247,27 @@ def test_a_lease_ends_at_its_deadline_whatever_its_reader_does(client: Coordinat
 
 
 def test_a_rank_that_was_replaced_does_not_hold_what_the_dead_one_published(
-    client: CoordinatorClient,
+    client: CoordinatorClient, clock: Clock
 ) -> None:
     client.attach(0, 1, "dead process", b"old")
     client.publish(0, "dead process", 7)
+    clock.skip(2 * SILENT_S)
     client.attach(0, 1, "new process", b"new")
     with pytest.raises(ReleasedError):
         client.check_version(7)
     client.publish(0, "new process", 8)
     client.check_version(8)
+
+
+def test_a_rank_that_is_about_to_leave_does_not_wait_for_its_poll(client: CoordinatorClient) -> None:
+    client.attach(0, 1, "a", b"")
+    with ThreadPoolExecutor(1) as pool:
+        poll = pool.submit(client.next_tasks, 0, "a")
+        client.end_tasks(0, "a")
+        assert poll.result(POLL_S / 2) == []
+    assert client.next_tasks(0, "a") == []
+    with pytest.raises(GroupInUseError):
+        client.end_tasks(0, "another process")
 
 
 def test_a_task_is_answered_by_the_rank_it_was_given_to(client: CoordinatorClient, ranks: list[Rank]) -> None:
@@ -238,8 +293,11 @@ def test_a_task_for_a_rank_that_is_not_there_fails_at_once(
     assert caught.value.waited_s < SILENT_S / 2
 
 
-def test_a_task_for_a_rank_that_falls_silent_ends_with_its_name(client: CoordinatorClient) -> None:
+def test_a_task_for_a_rank_that_falls_silent_ends_with_its_name(
+    client: CoordinatorClient, clock: Clock
+) -> None:
     client.attach(0, 1, "says nothing more", b"")
+    clock.skip(0.9 * SILENT_S)
     with pytest.raises(MissingTrainerRankError) as caught:
         client.ask("echo", {0: "x"}, 2 * SILENT_S)
     assert caught.value.missing == (0,)

@@ -8,6 +8,7 @@ for exports and report; the driver waits for them. Whoever waits gives a deadlin
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 import uuid
@@ -54,6 +55,7 @@ class _Trainer:
     version: int = 0
     awaits_publish: bool = False  # of the version, which a sign of life has told first
     is_writing: bool = False
+    is_leaving: bool = False
     arena_bytes: int = 0
     tasks: deque[TrainerTask] = field(default_factory=deque)
 
@@ -161,7 +163,7 @@ class Coordinator:
             await self._wait(lambda: known.last_seen > seen or is_gone(), POLL_S)
 
     async def next_tasks(self, rank: int, instance: str, version: int = 0) -> list[TrainerTask]:
-        """Tasks for a trainer rank; held open for ``POLL_S``, then empty.
+        """Tasks for a trainer rank; held open for ``POLL_S``, or until it leaves, then empty.
 
         Called in a loop by the rank's service thread, also as its sign of life. ``version`` is the last it
         has published, in case that was told to a coordinator which is gone.
@@ -169,10 +171,15 @@ class Coordinator:
         trainer = self._trainer(rank, instance)
         await self._hear(trainer, version)
         # The end of the wait is no sign of life: the rank may have died while it was held open.
-        await self._wait(lambda: bool(trainer.tasks), POLL_S)
+        await self._wait(lambda: bool(trainer.tasks) or trainer.is_leaving, POLL_S)
         tasks = list(trainer.tasks)
         trainer.tasks.clear()
         return tasks
+
+    async def end_tasks(self, rank: int, instance: str) -> None:
+        """A trainer rank is about to leave: whatever is held open for its tasks is answered at once."""
+        self._trainer(rank, instance).is_leaving = True
+        await self._notify()
 
     async def _hear(self, trainer: _Trainer, version: int) -> None:
         """A sign of life, with the rank's last version. Never takes back that a rank began to write."""
@@ -347,7 +354,9 @@ class Coordinator:
         await self._notify()
         ahead = max((trainer.version for trainer in self._trainers.values()), default=0)
         if not held or ahead > version:
-            await self.check_version(version)
+            # It was published: a rank that does not hold it now has left since, and the lease says more.
+            with contextlib.suppress(NotPublishedError):
+                await self.check_version(version)
             raise LeaseLostError(version)
 
     async def drop_lease(self, lease: int) -> None:

@@ -29,6 +29,7 @@ LENT_METHODS = frozenset(
         "detach",
         "drop_lease",
         "end_read",
+        "end_tasks",
         "join",
         "leave",
         "manifests",

@@ -229,6 +229,8 @@ class WeightPublisher:
             return
         self._is_closed.set()
         self._tasks.put(None)
+        with contextlib.suppress(RdtError):
+            self._client.end_tasks(self._local.rank, self._instance)
         for thread in self._threads:
             thread.join(_JOIN_TIMEOUT_S)
         self._exports.close()
