@@ -9,17 +9,23 @@ docs/development.md says more.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nox
 from nox.command import CommandFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 nox.needs_version = ">=2025.10.16"
 nox.options.default_venv_backend = "virtualenv"
@@ -27,6 +33,8 @@ nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_venv = "yes"
 nox.options.envdir = ".nox"
+
+BESIDE_TIMEOUT_S = 600.0
 
 ROOT = Path(__file__).parent
 PACKAGES = ("rdt-core", "rdt-megatron", "rdt-vllm", "rdt-sglang")
@@ -228,20 +236,39 @@ def run_in(
     env: dict[str, str] | None = None,
 ) -> None:
     """Run this environment's Python. After Ctrl-C the command has ``patience_s`` seconds to clean up."""
-    folder = environment.folder
     session.run(
         str(environment.python_path),
         *arguments,
         external=True,
         interrupt_timeout=patience_s,
         terminate_timeout=patience_s,
-        env={
-            **QUIET,
-            "VIRTUAL_ENV": str(folder),
-            "PATH": os.pathsep.join((str(folder / "bin"), os.environ["PATH"])),
-            **(env or {}),
-        },
+        env={**env_of(environment), **(env or {})},
     )
+
+
+def env_of(environment: Environment) -> dict[str, str]:
+    """The variables of a process that runs in an environment."""
+    folder = environment.folder
+    path = os.pathsep.join((str(folder / "bin"), os.environ["PATH"]))
+    return {**os.environ, **QUIET, "VIRTUAL_ENV": str(folder), "PATH": path}
+
+
+@contextlib.contextmanager
+def beside(session: nox.Session, environment: Environment, *arguments: str) -> Iterator[None]:
+    """Run this environment's Python while the body runs; then print what it said, and fail if it failed."""
+    command = [str(environment.python_path), *arguments]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=env_of(environment))
+        try:
+            yield
+            process.wait(BESIDE_TIMEOUT_S)
+        finally:
+            process.kill()
+            process.wait()
+            said.seek(0)
+            session.log(f"beside this ran {' '.join(command)}\n{said.read()}")
+    if process.returncode != 0:
+        session.error(f"{' '.join(command)} failed with exit code {process.returncode}")
 
 
 def add_environment_session(environment: Environment, purpose: str) -> None:
@@ -298,9 +325,10 @@ def unit(session: nox.Session) -> None:
 def contract(session: nox.Session) -> None:
     """Run the tests that every transport, exporter and engine must pass alike."""
     chosen = ("-m", "not cuda and not yr")
-    run_in(session, TORCH, "-m", "pytest", "tests/contract", *TWO_FILES, *chosen, *session.posargs)
-    # A second process: NIXL and openYuanrong crash in one.
-    run_in(session, TORCH, "-m", "pytest", "tests/contract", "-m", "yr", *session.posargs)
+    # A second process, because NIXL and openYuanrong crash in one. It mostly waits, so it does so beside.
+    apart = ("-m", "pytest", "tests/contract", "-m", "yr", *session.posargs)
+    with beside(session, TORCH, *apart):
+        run_in(session, TORCH, "-m", "pytest", "tests/contract", *TWO_FILES, *chosen, *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["env-torch"])

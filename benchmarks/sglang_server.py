@@ -251,7 +251,8 @@ def main() -> None:
     parser.add_argument("--syncs", type=int, default=10)
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--modes", default="staged", help="of the syncs beside requests, by comma")
-    parser.add_argument("--shares", default="1,0.5,0.25", help="read_share of the last turns, by comma")
+    parser.add_argument("--only-shares", action="store_true", help="leave out all but the last turns")
+    parser.add_argument("--shares", default="1,0.5,0.25,0.1", help="read_share of the last turns, by comma")
     args = parser.parse_args()
     result: dict[str, Any] = {
         "machine": machine(),
@@ -269,7 +270,10 @@ def main() -> None:
             with WeightSync.connect("sglang", engines=[url], timeout_s=120.0) as sync:
                 connected = next(iter(sync.engines.values()))[0]
                 note(result, "connected", {k: connected[k] for k in ("connect_s", "read_nbytes", "trainers")})
-                measure(result, sync, trainer, url, pid, args)
+                if args.only_shares:
+                    measure_syncs(sync, trainer, range(1, 3), "recompute")
+                else:
+                    measure(result, sync, trainer, url, pid, args)
                 note(result, "bytes_equal", sync.verify(timeout_s=TIMEOUT_S).bytes_equal)
                 version = sync.version + 1
             ray.get(trainer.publish.remote(version), timeout=TIMEOUT_S)

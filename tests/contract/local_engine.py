@@ -43,6 +43,12 @@ class LocalEngine(Engine):
             raise error
         return {"ranks": [answer["result"]], "stall_s": time.perf_counter() - started}
 
+    def announce(self, method: str, payload: Mapping[str, Any]) -> None:
+        """A call of a function needs no announcement."""
+
+    def retract(self, method: str) -> None:
+        """See :meth:`announce`."""
+
     def is_listening(self) -> bool:
         return not self.is_dead
 

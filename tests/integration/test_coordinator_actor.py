@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import ray
 
 from rdt_core.client import RayChannel, actor_name
-from rdt_core.errors import VersionSkewError
+from rdt_core.errors import DeadlineError, NotPublishedError, VersionSkewError
 from rdt_core.ray_session import NAMESPACE
 from tests.local_ray import CALL_TIMEOUT_S
 
@@ -39,6 +40,26 @@ def test_a_coordinator_of_another_version_is_refused_by_name(
     with pytest.raises(VersionSkewError, match="one version of rdt-core"):
         RayChannel.find(group).call(str(method), *args, timeout_s=CALL_TIMEOUT_S)
     ray.kill(other)
+
+
+def test_a_first_call_of_a_coordinator_that_stands_still_ends_in_its_own_time(
+    ray_cluster: str, group: str
+) -> None:
+    assert ray_cluster
+    channel = RayChannel.create(group)
+    channel.call("session", timeout_s=CALL_TIMEOUT_S)
+    actor = ray.get_actor(actor_name(group), namespace=NAMESPACE)
+    pid = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=CALL_TIMEOUT_S)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(DeadlineError, match="open_line") as caught:
+            channel.call("check_version", 1, timeout_s=0.5)
+        assert caught.value.waited_s <= 0.5
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    with pytest.raises(NotPublishedError):
+        channel.call("check_version", 1, timeout_s=CALL_TIMEOUT_S)
+    channel.end()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="leaving the niceness of Ray's workers takes root")

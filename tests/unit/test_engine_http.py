@@ -48,7 +48,11 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def do_GET(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        nbytes = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(nbytes)
+        if len(body) < nbytes:  # the client left
+            self.close_connection = True
+            return
         sent = json.loads(body) if body else None
         self.server.asked.append((self.command, self.path, sent, self.headers.get("Authorization")))
         status, answer = self.server.answers[self.path]
@@ -140,3 +144,53 @@ def test_an_address_that_cannot_be_reached_is_unreachable(url: str) -> None:
     engine = EngineHttp(url)
     with pytest.raises(EngineUnreachableError):
         engine.call("status", {}, timeout_s=5)
+
+
+def test_a_call_that_was_announced_needs_only_its_body(server: Server, engine: EngineHttp) -> None:
+    engine.announce("connect", {"number": 1})
+    engine.call("status", {}, timeout_s=5)
+    assert [asked[1] for asked in server.asked] == ["/rdt/status"]
+    with pytest.raises(EngineRefusedError):
+        engine.call("connect", {"number": 2}, timeout_s=5)
+    assert server.asked[-1] == ("POST", "/rdt/connect", {"number": 2}, "Bearer secret-key")
+    assert server.num_connections == 2
+
+
+@pytest.mark.parametrize("payload", [{"number": 10}, {}])
+def test_a_payload_of_another_length_is_sent_whole(
+    server: Server, engine: EngineHttp, payload: dict[str, int]
+) -> None:
+    engine.announce("connect", {"number": 1})
+    with pytest.raises(EngineRefusedError):
+        engine.call("connect", payload, timeout_s=5)
+    assert [asked[2] for asked in server.asked] == [payload]
+
+
+def test_an_announcement_that_is_taken_back_or_replaced_is_no_call(
+    server: Server, engine: EngineHttp
+) -> None:
+    engine.announce("connect", {"number": 1})
+    engine.announce("connect", {"number": 1})
+    engine.retract("connect")
+    engine.retract("connect")
+    assert engine.call("status", {}, timeout_s=5) == {"version": 3}
+    assert [asked[1] for asked in server.asked] == ["/rdt/status"]
+
+
+def test_an_engine_that_dropped_an_announcement_is_called_anew(server: Server, engine: EngineHttp) -> None:
+    engine.announce("connect", {"number": 1})
+    (announced, _) = engine._announced["connect"]
+    # What a server, or a proxy before it, does that has waited for long enough.
+    announced.sock.shutdown(socket.SHUT_RD)
+    with pytest.raises(EngineRefusedError):
+        engine.call("connect", {"number": 1}, timeout_s=5)
+    assert len(server.asked) == 1
+
+
+def test_an_engine_that_cannot_be_reached_is_announced_to_in_vain() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        engine = EngineHttp(f"http://127.0.0.1:{probe.getsockname()[1]}")
+    engine.announce("commit", {})
+    with pytest.raises(EngineUnreachableError):
+        engine.call("commit", {}, timeout_s=5)

@@ -60,7 +60,7 @@ def test_no_rest_outlasts_a_quarter_of_a_second_nor_the_time_that_is_left(clock:
 
 @given(st.integers(0, 2**45))
 def test_pieces_are_neither_small_nor_many(total: int) -> None:
-    assert piece_nbytes(total) >= 16 * 2**20
+    assert piece_nbytes(total) >= 64 * 2**20
     assert piece_nbytes(total) * 64 >= total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,11 +38,20 @@ def stop_vllm() -> None:
     parallel_state.destroy_distributed_environment()
 
 
+def _register_here(folder: Path) -> None:
+    """Give vLLM the checkpoint's model class; it would first inspect it in a process of its own, for 7 s."""
+    from vllm import ModelRegistry
+
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
 def build_model(folder: Path, tp_size: int = 1) -> nn.Module:
     """The model class that vLLM picks for a checkpoint, built as a worker builds it, not loaded."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
 
+    _register_here(folder)
     config = EngineArgs(
         model=str(folder),
         dtype="bfloat16",

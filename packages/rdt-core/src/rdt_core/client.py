@@ -90,17 +90,22 @@ class _RestartingError(CoordinatorLostError):
     """The coordinator's process is gone, and Ray may be starting another."""
 
 
-def _call_patiently(channel: Channel, method: str, args: tuple[object, ...], timeout_s: float) -> Any:
+def _call_patiently(start: Callable[[float], Callable[[float], Any]], timeout_s: float) -> Any:
     """Call, and call again when the coordinator was lost and may be coming back, within the deadline.
 
     Every method may be called twice: what is told twice is known already, and a wait for what only the lost
     coordinator knew is refused by the ``life`` that it names.
+
+    Args:
+        start: begins the call, within that many seconds, and returns what waits for its result.
+        timeout_s: for all of it.
     """
     deadline = time.monotonic() + timeout_s
     pause = threading.Event()
     while True:
         try:
-            return channel.start(method, *args)(max(0.001, deadline - time.monotonic()))
+            wait = start(max(0.001, deadline - time.monotonic()))
+            return wait(max(0.001, deadline - time.monotonic()))
         except _RestartingError as error:
             if time.monotonic() + _RESTART_LOOK_S > deadline:
                 raise CoordinatorLostError(error.group, error.detail) from error
@@ -148,13 +153,15 @@ class RayChannel:
 
     def call(self, method: str, *args: object, timeout_s: float) -> Any:
         """See :class:`Channel`."""
-        return _call_patiently(self, method, args, timeout_s)
+        return _call_patiently(lambda left_s: self.start(method, *args, timeout_s=left_s), timeout_s)
 
-    def start(self, method: str, *args: object) -> Callable[[float], Any]:
-        """See :class:`Channel`."""
+    def start(
+        self, method: str, *args: object, timeout_s: float = ATTACH_TIMEOUT_S
+    ) -> Callable[[float], Any]:
+        """See :class:`Channel`. A first call asks for the line before, and waits for that."""
         if (self._line is None or method not in METHODS) and not ray_session.is_node_there():
             raise CoordinatorLostError(self._group, "the Ray node of this process has ended")
-        line = self._find_line() if method in METHODS else None
+        line = self._find_line(timeout_s) if method in METHODS else None
         if line is None:
             ref = self._call_actor(method, args, tracing.traceparent())
             return lambda timeout_s: self._result(ref, method, timeout_s)
@@ -193,10 +200,10 @@ class RayChannel:
                 self._line, self._has_asked = None, False
         line.close()
 
-    def _find_line(self) -> Line | None:
+    def _find_line(self, timeout_s: float) -> Line | None:
         with self._asking:
             if not self._has_asked:
-                address = self._result(self._call_actor("open_line"), "open_line", ATTACH_TIMEOUT_S)
+                address = self._result(self._call_actor("open_line"), "open_line", timeout_s)
                 self._has_asked = True
                 try:
                     self._line = Line(address, self._group)
@@ -275,7 +282,7 @@ class LocalChannel:
 
     def call(self, method: str, *args: object, timeout_s: float) -> Any:
         """See :class:`Channel`."""
-        return _call_patiently(self, method, args, timeout_s)
+        return _call_patiently(lambda _: self.start(method, *args), timeout_s)
 
     def start(self, method: str, *args: object) -> Callable[[float], Any]:
         """See :class:`Channel`."""

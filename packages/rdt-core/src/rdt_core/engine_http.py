@@ -42,6 +42,7 @@ class EngineHttp:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._idle: list[http.client.HTTPConnection] = []
+        self._announced: dict[str, tuple[http.client.HTTPConnection, int]] = {}
 
     def call(self, method: str, payload: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
         """POST ``/rdt/<method>`` (GET for ``status``) and return the answer's JSON.
@@ -53,11 +54,38 @@ class EngineHttp:
         """
         body = None if method == "status" else json.dumps(payload).encode()
         try:
-            connection = self._take(timeout_s)
-            status, answer = self._exchange(connection, f"/rdt/{method}", body)
+            connection = self._take_announced(method, body)
+            if connection is None:
+                connection = self._take(timeout_s)
+                self._send(connection, method, body)
+            else:
+                connection.sock.settimeout(timeout_s)
+            status, answer = self._finish(connection, body)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise EngineUnreachableError(self.url, f"{type(error).__name__} {error}".strip()) from error
         return self._parse(status, answer)
+
+    def announce(self, method: str, payload: Mapping[str, Any]) -> None:
+        """Send the head of a :meth:`call` that comes soon, of a payload as long as this one.
+
+        The engine has routed it then when its body comes, and waits for that alone. Replaces an earlier
+        announcement. Never raises: a call whose announcement failed, or has been dropped by the engine since,
+        is sent whole. Blocks for a write, and for a connect where no connection is open.
+        """
+        self.retract(method)
+        nbytes = len(json.dumps(payload).encode())
+        try:
+            connection = self._take(_CONNECT_TIMEOUT_S)
+            self._send_head(connection, method, nbytes)
+        except (OSError, http.client.HTTPException, ValueError):
+            return
+        self._announced[method] = connection, nbytes
+
+    def retract(self, method: str) -> None:
+        """Take an announcement back; the engine forgets it. Idempotent."""
+        announced = self._announced.pop(method, None)
+        if announced is not None:
+            announced[0].close()
 
     def is_listening(self) -> bool:
         """Whether something accepts connections at the engine's address. Blocks for 2 seconds at most."""
@@ -88,12 +116,41 @@ class EngineHttp:
         connection.sock.settimeout(timeout_s)
         return connection
 
-    def _exchange(
-        self, connection: http.client.HTTPConnection, route: str, body: bytes | None
-    ) -> tuple[int, bytes]:
+    def _take_announced(self, method: str, body: bytes | None) -> http.client.HTTPConnection | None:
+        """The connection on which just this call was announced, if the engine still waits for its body."""
+        connection, nbytes = self._announced.pop(method, (None, 0))
+        if connection is None or body is None:
+            return None
+        has_said_something = bool(select.select([connection.sock], [], [], 0)[0])
+        if nbytes == len(body) and not has_said_something:
+            return connection
+        connection.close()
+        return None
+
+    def _send(self, connection: http.client.HTTPConnection, method: str, body: bytes | None) -> None:
+        """All of a call but its body."""
         try:
-            prefix = urlsplit(self.url).path
-            connection.request("GET" if body is None else "POST", prefix + route, body, self._headers)
+            if body is None:
+                connection.request("GET", self._route(method), headers=self._headers)
+            else:
+                self._send_head(connection, method, len(body))
+        except BaseException:
+            connection.close()
+            raise
+
+    def _send_head(self, connection: http.client.HTTPConnection, method: str, nbytes: int) -> None:
+        connection.putrequest("POST", self._route(method))
+        for name, value in {**self._headers, "Content-Length": str(nbytes)}.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+
+    def _route(self, method: str) -> str:
+        return f"{urlsplit(self.url).path}/rdt/{method}"
+
+    def _finish(self, connection: http.client.HTTPConnection, body: bytes | None) -> tuple[int, bytes]:
+        try:
+            if body:
+                connection.send(body)
             response = connection.getresponse()
             answer = response.read()
         except BaseException:
@@ -123,5 +180,7 @@ class EngineHttp:
 
     def close(self) -> None:
         """Close the connections. Idempotent."""
+        for method in list(self._announced):
+            self.retract(method)
         while self._idle:
             self._idle.pop().close()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from rdt_core.error_wire import from_wire, to_wire
 from rdt_core.errors import (
@@ -28,7 +29,7 @@ from rdt_core.errors import (
 from rdt_core.progress import report_of_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
 MAX_BODY_BYTES = 64 * 1024
 _STATUS_OF_ERROR = (
@@ -101,11 +102,12 @@ def make_router(backend_of: Callable[[Request], EngineBackend], api_keys: Sequen
     return router
 
 
-def key_guard(api_keys: Sequence[str]) -> Callable[[Request], None]:
+def key_guard(api_keys: Sequence[str]) -> Callable[[Request], Awaitable[None]]:
     """A FastAPI dependency that answers 401 unless one of the keys is sent as a bearer token."""
     digests = [hashlib.sha256(key.encode()).digest() for key in api_keys if key]
 
-    def check(request: Request) -> None:
+    # Not a plain function, which FastAPI would run in another thread: every sync waits for it twice.
+    async def check(request: Request) -> None:
         if not digests:
             return
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
@@ -135,10 +137,14 @@ async def read_body(request: Request) -> dict[str, Any]:
         HTTPException: 413 for more than ``MAX_BODY_BYTES``, 400 for anything that is no JSON object.
     """
     raw = b""
-    async for chunk in request.stream():
-        raw += chunk
-        if len(raw) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"a control request is at most {MAX_BODY_BYTES} bytes")
+    try:
+        async for chunk in request.stream():
+            raw += chunk
+            if len(raw) > MAX_BODY_BYTES:
+                raise HTTPException(413, f"a control request is at most {MAX_BODY_BYTES} bytes")
+    except ClientDisconnect:
+        # A driver that announced a commit and takes it back; nobody reads this answer.
+        raise HTTPException(400, "the client left before its body came") from None
     try:
         return parse_body(raw)
     except WireFormatError as error:

@@ -34,6 +34,12 @@ class EngineControl(Protocol):
             EngineError: the engine does not answer, or with something else.
         """
 
+    def announce(self, method: str, payload: Mapping[str, Any]) -> None:
+        """Say that :meth:`call` comes soon, with as long a payload, so that it takes less. Never raises."""
+
+    def retract(self, method: str) -> None:
+        """Say that it does not come after all. Idempotent, never raises."""
+
     def is_listening(self) -> bool:
         """Whether something still accepts connections there. Blocks for 2 seconds at most."""
 
@@ -99,6 +105,14 @@ class Member:
         except NotConnectedError:
             self.ranks = []
             raise
+
+    def announce(self, method: str, payload: Mapping[str, Any]) -> None:
+        """See :meth:`EngineControl.announce`."""
+        self._engine.announce(method, payload)
+
+    def retract(self, method: str) -> None:
+        """See :meth:`EngineControl.retract`."""
+        self._engine.retract(method)
 
     def is_listening(self) -> bool:
         """See :meth:`EngineControl.is_listening`."""

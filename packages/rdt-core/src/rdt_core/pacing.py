@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 WITHOUT_REST = 1.0
 """The share of a read that is done as fast as its links go."""
 
-_PIECE_NBYTES = 16 * 2**20
+_PIECE_NBYTES = 64 * 2**20
 _MAX_PIECES = 64
 _MAX_REST_S = 0.25
 

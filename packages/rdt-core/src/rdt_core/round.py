@@ -93,6 +93,7 @@ class Round:
         self._members = list(members)
         self._attempt = f"{version}:{uuid.uuid4().hex}"
         self._asked: dict[Member, Future[UpdateFailedError | None]] = {}
+        self._announcing: list[Future[None]] = []
         self.failures: list[UpdateFailedError] = []
 
     def ask_ahead(self) -> None:
@@ -124,6 +125,7 @@ class Round:
             failed = self._ask_others()
             if not (failed and self._is_all_or_none):
                 reading = [member for member in self._members if member not in failed]
+                self._announce_commit(reading)
                 failed |= self._wait_for_reads(life, reading)
             return self._sift(failed)
         except RdtError:
@@ -141,11 +143,8 @@ class Round:
                 did serve the version.
         """
         answers: dict[str, dict[str, Any]] = {}
-        payload = {
-            "version": self._version,
-            "kv_cache": self._options.kv_cache,
-            **self._options.for_reading(),
-        }
+        payload = self._for_commit()
+        concurrent.futures.wait(self._announcing)
 
         def commit(member: Member) -> None:
             timeout_s = self._options.timeout_s + MARGIN_S
@@ -167,12 +166,26 @@ class Round:
 
     def abort(self, members: Sequence[Member]) -> None:
         """Tell members to forget what they read, as far as they still listen. Never raises."""
+        concurrent.futures.wait(self._announcing)
 
         def abort(member: Member) -> None:
+            member.retract("commit")
             member.call("abort", {}, _ABORT_TIMEOUT_S)
 
         for member, error in self._on_all("abort", members, abort).items():
             logger.warning("engine %s did not abort: %s", member.url, error.detail)
+
+    def _announce_commit(self, members: Sequence[Member]) -> None:
+        """Have engines route the request that they get when all have read, meanwhile; returns at once."""
+        payload = self._for_commit()
+        self._announcing = [self._pool.submit(member.announce, "commit", payload) for member in members]
+
+    def _for_commit(self) -> dict[str, Any]:
+        return {
+            "version": self._version,
+            "kv_cache": self._options.kv_cache,
+            **self._options.for_reading(),
+        }
 
     def _for_reading(self) -> dict[str, Any]:
         return {"version": self._version, "attempt": self._attempt, **self._options.for_reading()}

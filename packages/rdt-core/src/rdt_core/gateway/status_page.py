@@ -22,7 +22,7 @@ from rdt_core.errors import RdtError
 from rdt_core.report import SyncFailure, SyncReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from rdt_core.gateway.pair import Pair
     from rdt_core.gateway.pairs import Pairs
@@ -65,17 +65,17 @@ def _template() -> jinja2.Template:
     return environment.get_template("status.html")
 
 
-def _browser_guard(api_keys: Sequence[str]) -> Callable[[Request], None]:
+def _browser_guard(api_keys: Sequence[str]) -> Callable[[Request], Awaitable[None]]:
     guard = key_guard(api_keys)
     digests = [hashlib.sha256(key.encode()).digest() for key in api_keys if key]
 
-    def check(request: Request) -> None:
+    async def check(request: Request) -> None:
         sent = hashlib.sha256(_password(request).encode()).digest()
         matches = [secrets.compare_digest(sent, digest) for digest in digests]
         if any(matches):
             return
         try:
-            guard(request)
+            await guard(request)
         except HTTPException as error:
             error.headers = {"WWW-Authenticate": 'Basic realm="rdt gateway", charset="UTF-8"'}
             raise
