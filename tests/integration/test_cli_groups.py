@@ -60,7 +60,8 @@ def test_update_brings_an_engine_to_what_is_published_and_status_tells_of_it(
     while any(row["version"] != 3 for row in look(group)["trainers"].values()):
         assert time.monotonic() < deadline
 
-    report = json.loads(run("update", group, "--engine", engine, "--verify", "--json"))
+    assert "read_share" in run("update", group, "--engine", engine, "--read-share", "2", code=1)
+    report = json.loads(run("update", group, "--engine", engine, "--read-share", "0.5", "--verify", "--json"))
 
     assert (report["version"], report["num_tensors"], report["bytes_equal"]) == (3, len(SHAPES), True)
     assert httpx.get(f"{engine}/fingerprint", timeout=TIMEOUT_S).json() == expected_fingerprint(3)

@@ -29,6 +29,9 @@ EACH_ALONE = "engine"
 
 _ABORT_TIMEOUT_S = 5.0
 
+_ANNOUNCE_TIMEOUT_S = 10.0
+"""An announcement that takes longer than this, which is more than it can, is not waited for."""
+
 _LOOK_S = 2.0
 """How often a driver that waits for reads looks whether the engines that read are still there."""
 
@@ -144,7 +147,7 @@ class Round:
         """
         answers: dict[str, dict[str, Any]] = {}
         payload = self._for_commit()
-        concurrent.futures.wait(self._announcing)
+        concurrent.futures.wait(self._announcing, _ANNOUNCE_TIMEOUT_S)
 
         def commit(member: Member) -> None:
             timeout_s = self._options.timeout_s + MARGIN_S
@@ -166,7 +169,7 @@ class Round:
 
     def abort(self, members: Sequence[Member]) -> None:
         """Tell members to forget what they read, as far as they still listen. Never raises."""
-        concurrent.futures.wait(self._announcing)
+        concurrent.futures.wait(self._announcing, _ANNOUNCE_TIMEOUT_S)
 
         def abort(member: Member) -> None:
             member.retract("commit")
