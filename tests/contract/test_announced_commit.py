@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import select
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from rdt_core import engine_routes
 from rdt_core.client import CoordinatorClient
 from rdt_core.engine_http import EngineHttp
-from rdt_core.errors import UpdateFailedError
+from rdt_core.errors import NotPreparedError, UpdateFailedError
 from rdt_core.sync import WeightSync
 from tests.contract.local_engine import LocalEngine
 from tests.contract.world import expected_fingerprint
@@ -104,6 +106,23 @@ def test_an_engine_that_was_told_of_a_commit_which_does_not_come_keeps_its_versi
         assert fingerprint(engine.url) == other.fingerprint == expected_fingerprint(version)
     assert "ASGI" not in caplog.text
     other.stop()
+
+
+def test_an_engine_that_has_waited_for_long_enough_gets_the_commit_whole(
+    group: LocalGroup, engine: Announced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with drive(group, engine) as sync:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine_routes, "BODY_TIMEOUT_S", 0.1)
+            engine.announce("commit", {"version": 1})
+            (announced, _) = engine._announced["commit"]
+            assert select.select([announced.sock], [], [], TIMEOUT_S)[0]
+        with pytest.raises(NotPreparedError):
+            engine.call("commit", {"version": 1}, timeout_s=TIMEOUT_S)
+        version = group.write_and_publish()
+        sync.update(version, timeout_s=TIMEOUT_S)
+        assert fingerprint(engine.url) == expected_fingerprint(version)
+    assert engine.told == ["commit"]
 
 
 def test_a_commit_that_is_taken_back_leaves_no_trace_in_the_engine(

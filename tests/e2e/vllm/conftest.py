@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -31,20 +33,37 @@ SMALL = ["--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8"]
 
 
 @pytest.fixture(scope="session")
-def run_probe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
+def run_probe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[dict[str, Any]]]]:
     """Run ``tests.e2e.vllm.probe`` with the given arguments and variables; returns what it saw."""
+    command = [sys.executable, "-m", "tests.e2e.vllm.probe_forks"]
+    env = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    forks = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert forks.stdin is not None
+    assert forks.stdout is not None
+    asked, answered = forks.stdin, forks.stdout
 
     def run(*args: object, **more: str) -> list[dict[str, Any]]:
-        out = tmp_path_factory.mktemp("probe") / "seen.json"
-        command = [sys.executable, "-m", "tests.e2e.vllm.probe", *map(str, args), "--out", str(out)]
-        env = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **more}
-        done = subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        folder = tmp_path_factory.mktemp("probe")
+        out, said = folder / "seen.json", folder / "said.txt"
+        print(json.dumps([[*map(str, args), "--out", str(out)], more, str(said)]), file=asked, flush=True)
+        assert select.select([answered], [], [], START_TIMEOUT_S)[0], said.read_text()[-6000:]
+        assert answered.readline() == "0\n", said.read_text()[-6000:]
         return list(json.loads(out.read_text()))
 
-    return run
+    yield run
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(forks.pid, signal.SIGKILL)
+    forks.wait(START_TIMEOUT_S)
+    asked.close()
+    answered.close()
 
 
 @contextlib.contextmanager

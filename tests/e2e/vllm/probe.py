@@ -1,6 +1,6 @@
 """A vLLM engine inside this process, taken from checkpoint to checkpoint by weight sync.
 
-Run as ``python -m tests.e2e.vllm.probe --model DIR [--sync DIR ...] --out FILE``, in a process of its own,
+``main`` takes ``--model DIR [--sync DIR ...] --out FILE`` and is called once a process (``probe_forks``),
 since an engine cannot be taken down within one. Writes JSON: after loading, and after every sync, the greedy
 answers and a digest of every tensor that the model's modules hold, parameters and derived ones alike. The
 trainer is this process too: it writes each checkpoint into one set of tensors and publishes them, as an
@@ -111,7 +111,7 @@ def sync_all(probe: Probe, first: Path, folders: Sequence[Path]) -> Iterator[dic
         probe.call("disconnect")
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Load, sync, write what was seen."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
@@ -119,11 +119,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--sync", type=Path, nargs="*", default=[])
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     probe = Probe(args.model, backend=args.backend, dtype=args.dtype)
     seen = [probe.observe(), *(sync_all(probe, args.model, args.sync) if args.sync else ())]
     args.out.write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main()

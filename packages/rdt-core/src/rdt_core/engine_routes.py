@@ -6,6 +6,7 @@ weight byte, no address of memory and no token passes here.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import secrets
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
 MAX_BODY_BYTES = 64 * 1024
+BODY_TIMEOUT_S = 300.0
+"""A commit is announced when a read begins. A driver whose read takes longer than this sends it whole."""
+
 _STATUS_OF_ERROR = (
     (WireFormatError, 400),
     (UnknownGroupError, 404),
@@ -134,14 +138,18 @@ async def read_body(request: Request) -> dict[str, Any]:
     """A control request's JSON object, bounded in size. Also for the trainer's routes.
 
     Raises:
-        HTTPException: 413 for more than ``MAX_BODY_BYTES``, 400 for anything that is no JSON object.
+        HTTPException: 413 for more than ``MAX_BODY_BYTES``, 408 for what takes longer than
+            ``BODY_TIMEOUT_S``, 400 for anything that is no JSON object.
     """
     raw = b""
     try:
-        async for chunk in request.stream():
-            raw += chunk
-            if len(raw) > MAX_BODY_BYTES:
-                raise HTTPException(413, f"a control request is at most {MAX_BODY_BYTES} bytes")
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                raw += chunk
+                if len(raw) > MAX_BODY_BYTES:
+                    raise HTTPException(413, f"a control request is at most {MAX_BODY_BYTES} bytes")
+    except TimeoutError:
+        raise HTTPException(408, f"the body of this request did not come in {BODY_TIMEOUT_S:.0f} s") from None
     except ClientDisconnect:
         # A driver that announced a commit and takes it back; nobody reads this answer.
         raise HTTPException(400, "the client left before its body came") from None

@@ -351,6 +351,9 @@ class WeightSync:
             observer.tell(self._observers, lambda told: told.on_failed(self._group, failure))
             raise
         finally:
+            # After Ctrl-C too, no engine may go on waiting for a commit.
+            for member in members:
+                member.retract("commit")
             self._life.end()
         observer.tell(self._observers, lambda told: told.on_synced(self._group, report))
         logger.info(
