@@ -176,6 +176,12 @@ def test_a_class_that_is_not_in_the_tree_becomes_a_plain_error_with_its_message(
     assert str(error) == "engine says no"
 
 
+@pytest.mark.parametrize("name", ["UnusedTensorError", "UncoveredParameterError", "CoverageError"])
+@pytest.mark.parametrize("field", [{}, {"a": 1}, 3, None, "x", [{}]])
+def test_fields_of_other_types_than_an_errors_own_give_an_error_of_ours(name: str, field: object) -> None:
+    assert isinstance(from_wire({"type": name, "message": "m", "fields": [field]}), RdtError)
+
+
 @pytest.mark.parametrize("fields", [[], ["a", "b", "c"], [1, {"x": 1}], "ab", None, {"a": 1}, [[]]])
 def test_fields_that_do_not_fit_the_class_become_a_plain_error_with_its_message(fields: object) -> None:
     error = from_wire(

@@ -30,7 +30,9 @@ def from_wire(wire: object) -> RdtError:
         return RdtError(message)
     try:
         return make(*[tuple(field) if isinstance(field, list) else field for field in fields])
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, LookupError, AttributeError):
+        # Fields of other types than the constructor's: an object cut like a list is a TypeError up to
+        # Python 3.11 and a KeyError after it.
         return RdtError(message)
 
 
