@@ -16,7 +16,7 @@ from rdt_core.sync import WeightSync
 from tests.contract.local_engine import LocalEngine
 from tests.contract.world import expected_fingerprint
 from tests.integration.test_sync import fingerprint
-from tests.local_group import local_group
+from tests.local_group import local_group, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -106,6 +106,25 @@ def test_an_engine_that_was_told_of_a_commit_which_does_not_come_keeps_its_versi
         assert fingerprint(engine.url) == other.fingerprint == expected_fingerprint(version)
     assert "ASGI" not in caplog.text
     other.stop()
+
+
+def test_a_driver_that_is_interrupted_while_engines_read_leaves_none_waiting(
+    group: LocalGroup, engine: Announced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with drive(group, engine) as sync:
+
+        def interrupt(*args: object, **kwargs: object) -> None:
+            wait_for(lambda: "commit" in engine._announced)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sync._client, "wait_prepared", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                sync.update(group.write_and_publish(), timeout_s=TIMEOUT_S)
+        assert not engine._announced
+        version = group.write_and_publish()
+        sync.update(version, timeout_s=TIMEOUT_S)
+        assert fingerprint(engine.url) == expected_fingerprint(version)
 
 
 def test_an_engine_that_has_waited_for_long_enough_gets_the_commit_whole(

@@ -12,6 +12,7 @@ import torch
 
 from rdt_core import LocalShards, WeightPublisher
 from rdt_core.client import CoordinatorClient, LocalChannel
+from rdt_core.coordinator import POLL_S
 from rdt_core.errors import CoordinatorLostError, RdtError, WindowMovedError
 from rdt_core.local_shards import LocalShard
 from rdt_core.manifest import TensorSpec
@@ -151,3 +152,10 @@ def test_a_rank_that_misses_its_coordinator_for_long_serves_again_when_there_is_
         digests = client.ask("digest", {0: {"w": "float32"}}, 30.0)
     assert [digest.tensor for digest in digests[0]] == ["w"]
     assert len(asked) >= 4
+
+
+def test_a_rank_that_closes_does_not_wait_for_its_poll(channel: LocalChannel) -> None:
+    held = Parameter()
+    started = time.monotonic()
+    attach(channel, held, held.complete).close()
+    assert time.monotonic() - started < POLL_S / 2

@@ -85,7 +85,7 @@ def serve_command(
             wait_until(lambda: _is_ready(server, ready), process, server.log)
             yield server
         finally:
-            _end(process)
+            end_group(process)
             tail = server.log.read_text(errors="replace")[-20000:]
             print(tail)  # noqa: T201  pytest shows it with a failure
 
@@ -107,7 +107,7 @@ def wait_until(is_true: Callable[[], bool], process: subprocess.Popen[Any], log:
             process.wait(0.2)
 
 
-def _end(process: subprocess.Popen[Any]) -> None:
+def end_group(process: subprocess.Popen[Any]) -> None:
     """End a process that leads a process group, and whatever is left of that group."""
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -115,6 +115,19 @@ def _end(process: subprocess.Popen[Any]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(STOP_TIMEOUT_S)
+
+
+def open_module(module: str, *args: str, env: dict[str, str]) -> subprocess.Popen[str]:
+    """A Python process that is talked to by lines, and leads a process group; end it by :func:`end_group`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *args],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        process_group=0,
+    )
 
 
 class Trainer:
@@ -140,17 +153,8 @@ class Trainer:
 @contextlib.contextmanager
 def start_trainer(group: str, ray_address: str, folder: Path) -> Iterator[Trainer]:
     """A plain process that joins Ray as a driver and attaches; ended by its id."""
-    command = [sys.executable, "-m", "tests.e2e.trainer", group, str(folder)]
     env = {**os.environ, "RAY_ADDRESS": ray_address, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=env,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        process_group=0,
-    )
+    process = open_module("tests.e2e.trainer", group, str(folder), env=env)
     trainer = Trainer(group, process)
     try:
         assert trainer.ask("hello") == "attached"
@@ -158,4 +162,4 @@ def start_trainer(group: str, ray_address: str, folder: Path) -> Iterator[Traine
     finally:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             process.communicate(timeout=STOP_TIMEOUT_S)  # the end of its stdin ends it
-        _end(process)
+        end_group(process)

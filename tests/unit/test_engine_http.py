@@ -187,6 +187,21 @@ def test_an_engine_that_dropped_an_announcement_is_called_anew(server: Server, e
     assert len(server.asked) == 1
 
 
+def test_a_call_whose_head_could_not_be_sent_ahead_is_sent_whole(
+    server: Server, engine: EngineHttp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_send_head", fail)
+        engine.announce("connect", {"number": 1})
+    assert not engine._announced
+    with pytest.raises(EngineRefusedError):
+        engine.call("connect", {"number": 1}, timeout_s=5)
+    assert [asked[2] for asked in server.asked] == [{"number": 1}]
+
+
 def test_an_engine_that_cannot_be_reached_is_announced_to_in_vain() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

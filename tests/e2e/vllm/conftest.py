@@ -6,14 +6,20 @@ import contextlib
 import json
 import os
 import select
-import signal
-import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.e2e.processes import API_KEY, ROOT, START_TIMEOUT_S, Server, find_port, serve_command
+from tests.e2e.processes import (
+    API_KEY,
+    START_TIMEOUT_S,
+    Server,
+    end_group,
+    find_port,
+    open_module,
+    serve_command,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,17 +41,8 @@ SMALL = ["--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8"]
 @pytest.fixture(scope="session")
 def run_probe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[dict[str, Any]]]]:
     """Run ``tests.e2e.vllm.probe`` with the given arguments and variables; returns what it saw."""
-    command = [sys.executable, "-m", "tests.e2e.vllm.probe_forks"]
     env = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    forks = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=env,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
+    forks = open_module("tests.e2e.vllm.probe_forks", env=env)
     assert forks.stdin is not None
     assert forks.stdout is not None
     asked, answered = forks.stdin, forks.stdout
@@ -59,9 +56,7 @@ def run_probe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
         return list(json.loads(out.read_text()))
 
     yield run
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(forks.pid, signal.SIGKILL)
-    forks.wait(START_TIMEOUT_S)
+    end_group(forks)
     asked.close()
     answered.close()
 

@@ -20,6 +20,7 @@ from rdt_core.errors import (
     VersionSkewError,
 )
 from rdt_core.line import METHODS, Line, LineServer
+from rdt_core.patience import RestartingError, call_patiently
 from rdt_core.peers import GroupCoordinator, LenderChannel
 from rdt_core.priority import leave_niceness
 from rdt_core.ray_session import NAMESPACE
@@ -39,9 +40,6 @@ CALL_TIMEOUT_S = 10.0
 ATTACH_TIMEOUT_S = 60.0
 """For the first call to a coordinator, which may have to wait for its actor to start."""
 
-
-_RESTART_LOOK_S = 0.2
-"""How often a member looks whether the coordinator is back."""
 
 _END_LOOK_S = 0.01
 """How often the last trainer rank that leaves looks whether the coordinator has ended."""
@@ -86,32 +84,6 @@ class _ActorCoordinator(GroupCoordinator):
         return await self._line.listen(ray.util.get_node_ip_address())
 
 
-class _RestartingError(CoordinatorLostError):
-    """The coordinator's process is gone, and Ray may be starting another."""
-
-
-def _call_patiently(start: Callable[[float], Callable[[float], Any]], timeout_s: float) -> Any:
-    """Call, and call again when the coordinator was lost and may be coming back, within the deadline.
-
-    Every method may be called twice: what is told twice is known already, and a wait for what only the lost
-    coordinator knew is refused by the ``life`` that it names.
-
-    Args:
-        start: begins the call, within that many seconds, and returns what waits for its result.
-        timeout_s: for all of it.
-    """
-    deadline = time.monotonic() + timeout_s
-    pause = threading.Event()
-    while True:
-        try:
-            wait = start(max(0.001, deadline - time.monotonic()))
-            return wait(max(0.001, deadline - time.monotonic()))
-        except _RestartingError as error:
-            if time.monotonic() + _RESTART_LOOK_S > deadline:
-                raise CoordinatorLostError(error.group, error.detail) from error
-            pause.wait(_RESTART_LOOK_S)
-
-
 class RayChannel:
     """A channel to the group's named Ray actor. Make one with :meth:`create` or :meth:`find`.
 
@@ -153,7 +125,7 @@ class RayChannel:
 
     def call(self, method: str, *args: object, timeout_s: float) -> Any:
         """See :class:`Channel`."""
-        return _call_patiently(lambda left_s: self.start(method, *args, timeout_s=left_s), timeout_s)
+        return call_patiently(lambda left_s: self.start(method, *args, timeout_s=left_s), timeout_s)
 
     def start(
         self, method: str, *args: object, timeout_s: float = ATTACH_TIMEOUT_S
@@ -169,7 +141,7 @@ class RayChannel:
             wait = line.start(method, *args)
         except CoordinatorLostError as error:
             self._drop_line(line)
-            raise _RestartingError(self._group, error.detail) from error
+            raise RestartingError(self._group, error.detail) from error
 
         def result(timeout_s: float) -> Any:
             try:
@@ -178,7 +150,7 @@ class RayChannel:
                 # The coordinator itself may be the one to say so: then its line is sound.
                 if isinstance(error.__cause__, OSError):
                     self._drop_line(line)
-                    raise _RestartingError(self._group, error.detail) from error
+                    raise RestartingError(self._group, error.detail) from error
                 raise
 
         return result
@@ -238,7 +210,7 @@ class RayChannel:
                 "Expected an answer or one of our errors; report this with the coordinator's log."
             ) from error
         except exceptions.ActorUnavailableError as error:
-            raise _RestartingError(self._group, type(error).__name__) from error
+            raise RestartingError(self._group, type(error).__name__) from error
         except exceptions.RayError as error:
             raise CoordinatorLostError(self._group, type(error).__name__) from error
 
@@ -282,7 +254,7 @@ class LocalChannel:
 
     def call(self, method: str, *args: object, timeout_s: float) -> Any:
         """See :class:`Channel`."""
-        return _call_patiently(lambda _: self.start(method, *args), timeout_s)
+        return call_patiently(lambda _: self.start(method, *args), timeout_s)
 
     def start(self, method: str, *args: object) -> Callable[[float], Any]:
         """See :class:`Channel`."""
@@ -295,7 +267,7 @@ class LocalChannel:
             try:
                 return future.result(timeout_s)
             except concurrent.futures.CancelledError:
-                raise _RestartingError(self._group, "it was restarted in mid-call") from None
+                raise RestartingError(self._group, "it was restarted in mid-call") from None
             except concurrent.futures.TimeoutError:
                 future.cancel()
                 what = f"the coordinator in this process to answer {method}"

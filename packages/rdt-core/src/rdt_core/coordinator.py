@@ -13,7 +13,6 @@ import itertools
 import time
 import uuid
 from collections import deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rdt_core import tracing
@@ -30,6 +29,7 @@ from rdt_core.errors import (
     SupersededError,
     TopologyChangedError,
 )
+from rdt_core.known_trainer import KnownTrainer
 from rdt_core.leases import LeaseBook
 from rdt_core.timeouts import check_timeout
 from rdt_core.words import NOTHING_SAID, LastWords, Outcome, TrainerTask
@@ -45,19 +45,6 @@ SILENT_S = 10.0
 
 MAX_HISTORY = 32
 """How many of a group's last syncs are kept; all but the last completed one without their rows by rank."""
-
-
-@dataclass(slots=True)
-class _Trainer:
-    instance: str
-    manifest: bytes
-    last_seen: float
-    version: int = 0
-    awaits_publish: bool = False  # of the version, which a sign of life has told first
-    is_writing: bool = False
-    is_leaving: bool = False
-    arena_bytes: int = 0
-    tasks: deque[TrainerTask] = field(default_factory=deque)
 
 
 class Coordinator:
@@ -76,7 +63,7 @@ class Coordinator:
         self._life = uuid.uuid4().hex
         self._world_size = 0
         self._floor = 0
-        self._trainers: dict[int, _Trainer] = {}
+        self._trainers: dict[int, KnownTrainer] = {}
         self._engines: dict[tuple[str, int], dict[str, Any]] = {}
         self._prepared: dict[tuple[str, int], tuple[str, Outcome]] = {}
         self._outcomes: dict[int, Outcome] = {}
@@ -106,7 +93,7 @@ class Coordinator:
             last: what a rank that introduces itself again, to a coordinator that was restarted, had said to
                 the one before.
         """
-        earlier: _Trainer | None = None
+        earlier: KnownTrainer | None = None
         while (known := self._trainers.get(rank)) is not None:
             if known.instance == instance:
                 await self._hear(known, last.version)
@@ -121,7 +108,7 @@ class Coordinator:
             self._session = last.session
         # Whatever an earlier process of this rank published, this one's memory does not hold it.
         version = last.version or (earlier.version if earlier else 0) or self._floor
-        self._trainers[rank] = _Trainer(
+        self._trainers[rank] = KnownTrainer(
             instance,
             manifest,
             self._clock(),
@@ -150,7 +137,7 @@ class Coordinator:
                 self._world_size = world_size
         self._world_size = world_size
 
-    async def _wait_until_silent_or_alive(self, rank: int, known: _Trainer) -> None:
+    async def _wait_until_silent_or_alive(self, rank: int, known: KnownTrainer) -> None:
         """Until an earlier process of a rank has left or counts as gone; raises once it says something."""
         seen = known.last_seen
 
@@ -181,7 +168,7 @@ class Coordinator:
         self._trainer(rank, instance).is_leaving = True
         await self._notify()
 
-    async def _hear(self, trainer: _Trainer, version: int) -> None:
+    async def _hear(self, trainer: KnownTrainer, version: int) -> None:
         """A sign of life, with the rank's last version. Never takes back that a rank began to write."""
         trainer.last_seen = self._clock()
         if version > trainer.version:
@@ -444,7 +431,7 @@ class Coordinator:
             ],
         }
 
-    def _trainer(self, rank: int, instance: str) -> _Trainer:
+    def _trainer(self, rank: int, instance: str) -> KnownTrainer:
         trainer = self._trainers.get(rank)
         if trainer is None:
             raise ForgottenError(self._group, f"trainer rank {rank}")
@@ -455,7 +442,7 @@ class Coordinator:
     def _topology(self) -> str:
         return ",".join(f"{rank}:{trainer.instance}" for rank, trainer in sorted(self._trainers.items()))
 
-    def _is_silent(self, trainer: _Trainer) -> bool:
+    def _is_silent(self, trainer: KnownTrainer) -> bool:
         return self._clock() - trainer.last_seen > SILENT_S
 
     def _live_ranks(self) -> set[int]:

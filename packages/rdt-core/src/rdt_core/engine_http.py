@@ -6,6 +6,7 @@ full client library needs for it, and two of them lie on the way of every sync.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import select
@@ -54,13 +55,10 @@ class EngineHttp:
         """
         body = None if method == "status" else json.dumps(payload).encode()
         try:
-            connection = self._take_announced(method, body)
-            if connection is None:
-                connection = self._take(timeout_s)
-                self._send(connection, method, body)
-            else:
-                connection.sock.settimeout(timeout_s)
-            status, answer = self._finish(connection, body)
+            announced = self._take_announced(method, body)
+            connection = announced or self._take(timeout_s)
+            connection.sock.settimeout(timeout_s)
+            status, answer = self._exchange(connection, method, body, has_head=announced is not None)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise EngineUnreachableError(self.url, f"{type(error).__name__} {error}".strip()) from error
         return self._parse(status, answer)
@@ -74,12 +72,13 @@ class EngineHttp:
         """
         self.retract(method)
         nbytes = len(json.dumps(payload).encode())
-        try:
+        refused = (OSError, http.client.HTTPException, ValueError)
+        with contextlib.suppress(*refused), contextlib.ExitStack() as undo:
             connection = self._take(_CONNECT_TIMEOUT_S)
+            undo.callback(connection.close)
             self._send_head(connection, method, nbytes)
-        except (OSError, http.client.HTTPException, ValueError):
-            return
-        self._announced[method] = connection, nbytes
+            undo.pop_all()
+            self._announced[method] = connection, nbytes
 
     def retract(self, method: str) -> None:
         """Take an announcement back; the engine forgets it. Idempotent."""
@@ -127,17 +126,6 @@ class EngineHttp:
         connection.close()
         return None
 
-    def _send(self, connection: http.client.HTTPConnection, method: str, body: bytes | None) -> None:
-        """All of a call but its body."""
-        try:
-            if body is None:
-                connection.request("GET", self._route(method), headers=self._headers)
-            else:
-                self._send_head(connection, method, len(body))
-        except BaseException:
-            connection.close()
-            raise
-
     def _send_head(self, connection: http.client.HTTPConnection, method: str, nbytes: int) -> None:
         connection.putrequest("POST", self._route(method))
         for name, value in {**self._headers, "Content-Length": str(nbytes)}.items():
@@ -147,9 +135,15 @@ class EngineHttp:
     def _route(self, method: str) -> str:
         return f"{urlsplit(self.url).path}/rdt/{method}"
 
-    def _finish(self, connection: http.client.HTTPConnection, body: bytes | None) -> tuple[int, bytes]:
+    def _exchange(
+        self, connection: http.client.HTTPConnection, method: str, body: bytes | None, *, has_head: bool
+    ) -> tuple[int, bytes]:
         try:
-            if body:
+            if body is None:
+                connection.request("GET", self._route(method), headers=self._headers)
+            else:
+                if not has_head:
+                    self._send_head(connection, method, len(body))
                 connection.send(body)
             response = connection.getresponse()
             answer = response.read()

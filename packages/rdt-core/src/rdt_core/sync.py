@@ -114,8 +114,8 @@ class WeightSync:
                 way, ``SyncReport.arena_bytes`` in all; ``"never"`` takes no memory of theirs.
             read_share: share of the time in which an engine rank moves bytes while it reads beside
                 generation, more than 0 and up to 1. By default it reads as fast as its links go; at 0.25 a
-                read takes four times as long and generation feels a quarter of it. Commits do not rest, nor
-                in-place reads, which are part of them.
+                read of more than 64 MiB takes up to four times as long and generation feels about a quarter
+                of it. Commits do not rest, nor in-place reads, which are part of them.
             commit_policy: of every update that does not say, see :meth:`update`.
             timeout_s: for each engine's connect, in seconds.
             observers: are told about every sync; metrics for instance.
