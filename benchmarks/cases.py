@@ -10,6 +10,7 @@ from rdt_core import Region
 
 COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens")
 ROW_PARALLEL = ("o_proj", "down_proj")
+_NUM_EXPERTS = 128
 
 
 class Case(Protocol):
@@ -104,18 +105,21 @@ QWEN3 = Decoder(
     head_dim=128,
     has_qk_norm=True,
 )
-# Qwen3-30B-A3B with a quarter of its layers: 15 GB.
-QWEN3_MOE = Decoder(
-    name="qwen3-30b-a3b-quarter",
-    vocab=151936,
-    hidden=2048,
-    intermediate=768,
-    layers=12,
-    heads=32,
-    kv_heads=4,
-    head_dim=128,
-    has_qk_norm=True,
-    experts=128,
+# Qwen3-30B-A3B with a quarter of its layers, 15.6 GB, and with half of them, 30.5 GB.
+QWEN3_MOE = tuple(
+    Decoder(
+        name=f"qwen3-30b-a3b-{part}",
+        vocab=151936,
+        hidden=2048,
+        intermediate=768,
+        layers=layers,
+        heads=32,
+        kv_heads=4,
+        head_dim=128,
+        has_qk_norm=True,
+        experts=_NUM_EXPERTS,
+    )
+    for part, layers in (("quarter", 12), ("half", 24))
 )
 SMOLLM2 = Decoder(
     name="smollm2",
@@ -132,7 +136,7 @@ _SIZES = {"0.1gb": 100, "0.3gb": 300, "8gb": 8_000, "24gb": 24_000}
 _ALL: tuple[Case, ...] = (
     SMOLLM2,
     QWEN3,
-    QWEN3_MOE,
+    *QWEN3_MOE,
     Even(name="tiny", num_tensors=10, nbytes=1_000_000),
     *(Even(name=name, num_tensors=310, nbytes=mb * 1_000_000) for name, mb in _SIZES.items()),
     *(Even(name=f"{n}-tensors", num_tensors=n, nbytes=1_192_099_840) for n in (310, 3_000, 37_000)),
@@ -153,6 +157,30 @@ def region_of(name: str, shape: tuple[int, ...], rank: int, size: int) -> Region
     start, stop = [0] * len(shape), list(shape)
     start[dim], stop[dim] = shape[dim] * rank // size, shape[dim] * (rank + 1) // size
     return Region(tuple(start), tuple(stop))
+
+
+def held_by_trainer(name: str, shape: tuple[int, ...], rank: int, size: int, layout: str) -> Region | None:
+    """What a trainer rank of ``size`` holds of a tensor, None for nothing.
+
+    Args:
+        name: of the tensor.
+        shape: its global shape.
+        rank: of the trainer.
+        size: trainer ranks.
+        layout: ``"tp"`` cuts tensors as :func:`region_of` does. ``"ep"`` gives every rank its part of the
+            experts, whole, and all that is no expert's.
+    """
+    if layout == "tp":
+        return region_of(name, shape, rank, size)
+    expert = expert_of(name)
+    is_held = expert is None or expert * size // _NUM_EXPERTS == rank
+    return Region.whole(shape) if is_held else None
+
+
+def expert_of(name: str) -> int | None:
+    """The expert that a tensor belongs to; None when to none."""
+    _, found, rest = name.partition(".experts.")
+    return int(rest.partition(".")[0]) if found else None
 
 
 def dim_of(name: str) -> int | None:

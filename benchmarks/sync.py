@@ -78,7 +78,8 @@ class Setup:
     Args:
         case: whose tensors.
         device: ``cpu`` or ``cuda``.
-        trainers: tensor-parallel trainer ranks.
+        trainers: trainer ranks.
+        layout: how they share the tensors, see :func:`cases.held_by_trainer`.
         engines: tensor-parallel ranks of one engine.
         replicas: engines.
         dtype: of the trainers' memory.
@@ -89,6 +90,7 @@ class Setup:
     device: str
     transport: str
     trainers: int = 1
+    layout: str = "tp"
     engines: int = 1
     replicas: int = 1
     dtype: str = "bfloat16"
@@ -131,7 +133,7 @@ def measure_ours(
         engines = [engine_process(setup, replica) for replica in range(setup.replicas)]
         for engine in engines:
             stack.callback(engine.__exit__)
-        trainers = TrainerGroup(setup.case, setup.trainer_devices(), setup.dtype)
+        trainers = TrainerGroup(setup.case, setup.trainer_devices(), setup.dtype, setup.layout)
         trainer_bytes = trainers.memory_bytes()
         trainers.attach("benchmark")
         stack.callback(trainers.close)
@@ -321,7 +323,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--case", choices=sorted(CASES), default="smollm2")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--trainers", type=int, default=1, help="tensor-parallel trainer ranks")
+    parser.add_argument("--trainers", type=int, default=1, help="trainer ranks")
+    parser.add_argument(
+        "--layout", choices=["tp", "ep"], default="tp", help="of the trainers: tensor or expert parallel"
+    )
     parser.add_argument("--engines", type=int, default=1, help="tensor-parallel ranks of each engine")
     parser.add_argument("--replicas", type=int, default=1, help="engines")
     parser.add_argument("--dtype", default="bfloat16", help="of the trainers' memory")
@@ -342,6 +347,7 @@ def main() -> None:
         device=args.device,
         transport=args.transport or ("cuda_ipc" if args.device == "cuda" else "nixl"),
         trainers=args.trainers,
+        layout=args.layout,
         engines=args.engines,
         replicas=args.replicas,
         dtype=args.dtype,

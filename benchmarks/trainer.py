@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import ray
 import torch
-from cases import CASES, dim_of, region_of
+from cases import CASES, dim_of, held_by_trainer
 
 from rdt_core import LocalShard, LocalShards, TensorSpec, WeightPublisher
 
@@ -27,15 +27,28 @@ class Trainer:
     Args:
         case: whose tensors it holds.
         device: where.
-        rank: tensor-parallel, of ``size``.
+        rank: of ``size``.
         size: how many there are.
         dtype: of its memory.
+        layout: how ranks share the tensors, see :func:`cases.held_by_trainer`.
     """
 
-    def __init__(self, case: str, device: str, rank: int = 0, size: int = 1, dtype: str = "bfloat16") -> None:
+    def __init__(
+        self,
+        case: str,
+        device: str,
+        rank: int = 0,
+        size: int = 1,
+        dtype: str = "bfloat16",
+        layout: str = "tp",
+    ) -> None:
         self._rank, self._size, self._dtype, self._device = rank, size, dtype, torch.device(device)
+        self._layout = layout
         self._shapes = CASES[case].shapes()
-        self._regions = {name: region_of(name, shape, rank, size) for name, shape in self._shapes.items()}
+        held = {
+            name: held_by_trainer(name, shape, rank, size, layout) for name, shape in self._shapes.items()
+        }
+        self._regions = {name: region for name, region in held.items() if region is not None}
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         self.tensors = {
@@ -46,7 +59,8 @@ class Trainer:
 
     def _make(self, name: str, index: int, shape: tuple[int, ...]) -> torch.Tensor:
         # What every rank holds is alike in all, what is cut differs.
-        torch.manual_seed(index if dim_of(name) is None else index + 100_003 * (1 + self._rank))
+        is_alike = self._layout == "ep" or dim_of(name) is None
+        torch.manual_seed(index if is_alike else index + 100_003 * (1 + self._rank))
         return torch.randn(shape, device=self._device, dtype=getattr(torch, self._dtype))
 
     def attach(self, group: str) -> None:
@@ -109,11 +123,11 @@ class Trainer:
 class TrainerGroup:
     """All trainer ranks of a case, seen from the driver."""
 
-    def __init__(self, case: str, devices: list[str], dtype: str = "bfloat16") -> None:
+    def __init__(self, case: str, devices: list[str], dtype: str = "bfloat16", layout: str = "tp") -> None:
         size = len(devices)
         make = ray.remote(Trainer).options(num_cpus=0)
         self._actors: list[Any] = [
-            make.remote(case, device, rank, size, dtype) for rank, device in enumerate(devices)
+            make.remote(case, device, rank, size, dtype, layout) for rank, device in enumerate(devices)
         ]
 
     def attach(self, group: str) -> None:
