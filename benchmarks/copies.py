@@ -15,6 +15,7 @@ import torch
 from cases import CASES
 from sync import machine, versions
 
+from rdt_core.row_blocks import RowBlock
 from rdt_core.transports.fused_copy import FusedCopy
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def measure_model() -> dict[str, dict[str, float]]:
     sources = [torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for shape in shapes]
     targets = [torch.zeros_like(source) for source in sources]
     fused = FusedCopy(
-        [(s.data_ptr(), t.data_ptr(), 2 * s.numel()) for s, t in zip(sources, targets, strict=True)], DEVICE
+        [RowBlock(s.data_ptr(), t.data_ptr(), 2 * s.numel()) for s, t in zip(sources, targets, strict=True)],
+        DEVICE,
     )
     flat = torch.cat([source.view(-1) for source in sources])
     other = torch.empty_like(flat)
@@ -78,12 +80,16 @@ def measure_ranges() -> dict[str, dict[str, float]]:
     sources = torch.randint(0, 256, (count * nbytes,), dtype=torch.uint8, device=DEVICE)
     targets = torch.empty_like(sources)
     first, second, stream = sources.data_ptr(), targets.data_ptr(), torch.cuda.current_stream()
-    many = FusedCopy([(first + i * nbytes, second + i * nbytes, nbytes) for i in range(count)], DEVICE)
-    rows = FusedCopy([(first + i * 3072, second + i * 1536, 1536) for i in range(200_000)], DEVICE)
+    many = FusedCopy(
+        [RowBlock(first + i * nbytes, second + i * nbytes, nbytes) for i in range(count)], DEVICE
+    )
+    ranges = FusedCopy([RowBlock(first + i * 3072, second + i * 1536, 1536) for i in range(200_000)], DEVICE)
+    rows = FusedCopy([RowBlock(first, second, 1536, 200_000, 3072, 1536)], DEVICE)
     block = sources[: 200_000 * 3072].view(200_000, 3072)[:, :1536]
     packed = targets[: 200_000 * 1536].view(200_000, 1536)
     return {
         "37,000 ranges of 32 KiB, one launch of ours": measure(lambda: many.launch(stream)),
+        "200,000 ranges of 1,536 bytes, one launch of ours": measure(lambda: ranges.launch(stream)),
         "200,000 rows of 1,536 bytes, one launch of ours": measure(lambda: rows.launch(stream)),
         "200,000 rows of 1,536 bytes, torch's copy_": measure(lambda: packed.copy_(block)),
     }

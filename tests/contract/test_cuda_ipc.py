@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from rdt_core.errors import SourceDiedError, TransportError, TransportUnavailableError
+from rdt_core.local_copies import LocalCopies
+from rdt_core.row_blocks import RowBlock
 from rdt_core.transports import make_transport
 from rdt_core.transports.cuda_ipc import CudaIpcTicket
 from rdt_core.transports.fused_copy import CHUNK_BYTES, FusedCopy, cut_chunks
@@ -58,13 +60,28 @@ def test_what_is_no_ticket_is_a_typed_error(raw: object) -> None:
         CudaIpcTicket.parse(raw)
 
 
-def test_chunks_are_the_ranges_cut_and_nothing_else() -> None:
-    ranges = [(100, 5000, 3), (10_000_000, 50_000_000, 2 * CHUNK_BYTES + 1), (7, 9, 0)]
-    chunks = cut_chunks(ranges)
-    assert max(nbytes for _, _, nbytes in chunks) == CHUNK_BYTES
-    assert chunks[0] == (100, 5000, 3)
-    assert sum(nbytes for _, _, nbytes in chunks) == 2 * CHUNK_BYTES + 4
-    assert all(target - source in (4900, 40_000_000) for source, target, _ in chunks)
+def test_chunks_are_the_blocks_cut_and_nothing_else() -> None:
+    blocks = [
+        RowBlock(100, 5000, 3),
+        RowBlock(10_000, 50_000, 2 * CHUNK_BYTES + 1),
+        RowBlock(7, 9, 0),
+        RowBlock(200_000, 300_000, 768, 100, 1536, 768),
+        RowBlock(700_000, 900_000, CHUNK_BYTES + 5, 3, 2 * CHUNK_BYTES, CHUNK_BYTES + 5),
+    ]
+    chunks = list(cut_chunks(blocks))
+    assert max(chunk.nbytes for chunk in chunks) == CHUNK_BYTES
+    assert bytes_moved(chunks) == bytes_moved(blocks)
+    assert len(bytes_moved(blocks)) == sum(block.nbytes for block in blocks)
+
+
+def bytes_moved(blocks: Sequence[RowBlock]) -> dict[int, int]:
+    """Which byte of the source goes to each byte of the target."""
+    return {
+        block.target + row * block.target_pitch + at: block.source + row * block.source_pitch + at
+        for block in blocks
+        for row in range(block.num_rows)
+        for at in range(block.row_nbytes)
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU here")
@@ -80,18 +97,39 @@ def test_one_launch_copies_ranges_of_any_alignment_and_nothing_beside_them() -> 
     source = torch.randint(0, 256, (1 << 22,), dtype=torch.uint8, device="cuda")
     target = torch.full((1 << 22,), 255, dtype=torch.uint8, device="cuda")
     wanted = target.clone()
-    ranges = []
+    blocks = []
     at = 0
     while at < (1 << 22) - 300_000:
         start, nbytes = rng.randrange(1 << 21), rng.choice([0, 1, 3, 15, 16, 17, 100, 4096, 70_001, 200_000])
-        ranges.append((source.data_ptr() + start, target.data_ptr() + at, nbytes))
+        blocks.append(RowBlock(source.data_ptr() + start, target.data_ptr() + at, nbytes))
         wanted[at : at + nbytes] = source[start : start + nbytes]
         at += nbytes + rng.randrange(40)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
-    FusedCopy(ranges, target.device).launch(stream)
+    FusedCopy(blocks, target.device).launch(stream)
     stream.synchronize()
     assert torch.equal(target, wanted)
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
+def test_one_launch_copies_boxes_of_any_stride_as_torch_does(dtype: torch.dtype) -> None:
+    rng = random.Random(0)  # noqa: S311  a case must come out alike every time
+    pairs, wanted = [], []
+    for _ in range(60):
+        shape = [rng.randrange(1, 60) for _ in range(rng.randrange(1, 4))]
+        size = [n + rng.randrange(8) for n in shape]
+        starts = [rng.randrange(whole - n + 1) for n, whole in zip(shape, size, strict=True)]
+        source, target = (torch.randint(0, 99, size, device="cuda").to(dtype) for _ in range(2))
+        box = tuple(slice(start, start + n) for start, n in zip(starts, shape, strict=True))
+        inner = tuple(slice(n) for n in shape)
+        wanted.append(target.clone())
+        wanted[-1][inner] = source[box]
+        pairs.append((target, target[inner], source[box]))
+    LocalCopies([(into, source) for _, into, source in pairs]).run()
+    for (target, _, _), expected in zip(pairs, wanted, strict=True):
+        assert torch.equal(target, expected)
 
 
 @pytest.mark.cuda
@@ -198,6 +236,8 @@ class TestBetweenProcesses:
 EXPANDABLE = """
 import torch
 from rdt_core.errors import TransportError
+from rdt_core.local_copies import LocalCopies
+from rdt_core.row_blocks import RowBlock
 from rdt_core.transports import make_transport
 try:
     make_transport("cuda_ipc").export([torch.zeros(1 << 22, dtype=torch.uint8, device="cuda")])

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from rdt_core import transports
 from rdt_core.client import CoordinatorClient
 from rdt_core.errors import RdtError, TransportError, TransportLiesError, TransportUnavailableError
+from rdt_core.links import Reader, reading_order
 from rdt_core.sync import WeightSync
 from tests.contract.flawed import RefusesRankOne
 from tests.local_group import LocalGroup, local_group, wait_for
@@ -38,6 +40,19 @@ def test_connect_and_status_say_what_every_link_uses_and_why(group: LocalGroup) 
         assert sync.status()["engines"][0]["reasons"] == {0: "forced", 1: "forced"}
         report = sync.update(group.write_and_publish())
         assert report.ranks[0].transports == {0: "memory", 1: "memory"}
+
+
+def test_ranks_of_one_engine_begin_to_read_from_different_trainer_ranks() -> None:
+    def order(engine: str, rank: int, count: int) -> list[int]:
+        reader = Reader(engine=engine, rank=rank, device=torch.device("cpu"), forced="memory", timeout_s=1.0)
+        return reading_order(reader, range(count))
+
+    for engine in ("http://a", "http://b"):
+        orders = [order(engine, rank, 4) for rank in range(4)]
+        # At every point of time each trainer rank is read by one of them.
+        assert all(sorted(column) == [0, 1, 2, 3] for column in zip(*orders, strict=True))
+    assert len({tuple(order(f"http://engine-{n}", 0, 4)) for n in range(16)}) > 1
+    assert order("http://a", 3, 0) == []
 
 
 def test_the_environment_forces_the_transport_of_a_driver_that_names_none(

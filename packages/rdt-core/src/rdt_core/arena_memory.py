@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from rdt_core.arena import place_items
-from rdt_core.batched_copy import copy_all
 from rdt_core.describe import typed_view
 from rdt_core.dtypes import itemsize_bytes
 from rdt_core.errors import ArenaMemoryError, WireFormatError
 from rdt_core.layout import row_major_strides, span_nbytes
+from rdt_core.local_copies import LocalCopies
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from rdt_core.arena import ArenaItem
 
@@ -54,6 +54,7 @@ class Arenas:
     def __init__(self, windows: Mapping[str, torch.Tensor]) -> None:
         self._windows = windows
         self._slots: dict[ArenaItem, _Slot] = {}
+        self._copies: LocalCopies | None = None
         self._lock = threading.Lock()
 
     @property
@@ -74,8 +75,11 @@ class Arenas:
         """
         with self._lock:
             fresh = self._lay_out([item for item in items if item not in self._slots])
-            _copy(list(fresh.values()))
+            _copies_of(fresh.values()).run()
             self._slots |= fresh
+            if fresh:
+                # Made here and not by the next publish, which the trainer waits for.
+                self._copies = _copies_of(self._slots.values())
             slots = [self._slots[item] for item in items]
             for slot in slots:
                 slot.num_holds += 1
@@ -89,6 +93,7 @@ class Arenas:
                 slot.num_holds -= 1
                 if not slot.num_holds:
                     del self._slots[item]
+                    self._copies = None
 
     def refresh(self) -> None:
         """Copy every item from live memory anew, and wait for the device.
@@ -99,7 +104,9 @@ class Arenas:
             RdtError: the device refused; what the arenas hold is of no version.
         """
         with self._lock:
-            _copy(list(self._slots.values()))
+            if self._copies is None:
+                self._copies = _copies_of(self._slots.values())
+            self._copies.run()
 
     def _lay_out(self, items: Sequence[ArenaItem]) -> dict[ArenaItem, _Slot]:
         if not items:
@@ -172,8 +179,5 @@ def _in_buffer(buffer: torch.Tensor, item: ArenaItem, offset_bytes: int) -> torc
     return typed_view(buffer, item.dtype, item.shape, offset_bytes, dense)
 
 
-def _copy(slots: Sequence[_Slot]) -> None:
-    copy_all([(slot.target, slot.source) for slot in slots])
-    for device in {slot.buffer.device for slot in slots}:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+def _copies_of(slots: Iterable[_Slot]) -> LocalCopies:
+    return LocalCopies([(slot.target, slot.source) for slot in slots])

@@ -1,4 +1,4 @@
-"""Many local copies between tensors of one device at once: arenas at publish, parameters at commit."""
+"""Many copies between tensors of one device at once, converting dtypes."""
 
 from __future__ import annotations
 

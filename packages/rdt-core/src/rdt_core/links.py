@@ -7,6 +7,7 @@ import itertools
 import logging
 import secrets
 import time
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from rdt_core.transports.offers import offered_transports
 from rdt_core.transports.pieces import cut_into_objects, split
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     import torch
 
@@ -90,7 +91,7 @@ class OpenLinks:
     """All links of an engine rank, by trainer rank.
 
     Args:
-        by_rank: the links, to pull in order; one, or one a piece.
+        by_rank: the links, to pull in this order; one, or one a piece.
         choices: which transport each uses, and why.
         probe_s: what probing all of them took.
     """
@@ -150,6 +151,19 @@ def open_links(
         links = _open_all(reader, client, by_rank, planned, opened)
         opened.pop_all()
     return OpenLinks(by_rank=links, choices=choices, probe_s=probe_s)
+
+
+def reading_order(reader: Reader, trainer_ranks: Collection[int]) -> list[int]:
+    """Which trainer ranks an engine rank reads one after the other.
+
+    Ranks of one engine begin one apart, and engines somewhere: if all began with the first, its link would be
+    shared by all and those of the others stand.
+    """
+    ranks = sorted(trainer_ranks)
+    if not ranks:
+        return []
+    start = (zlib.crc32(reader.engine.encode("utf-8", "replace")) + reader.rank) % len(ranks)
+    return [*ranks[start:], *ranks[:start]]
 
 
 def choose_links(reader: Reader, trainers: Sequence[Manifest]) -> dict[int, TransportChoice]:
@@ -241,4 +255,4 @@ def _open_all(
             link = transports[rank].open(ticket, part, trainer_rank=rank)
             opened.callback(link.close)
             links[rank] = (*links.get(rank, ()), link)
-    return links
+    return {rank: links[rank] for rank in reading_order(reader, links)}

@@ -26,6 +26,7 @@ from rdt_core.errors import (
     TransportError,
     TransportUnavailableError,
 )
+from rdt_core.row_blocks import RowBlock
 from rdt_core.transports import cuda_driver
 from rdt_core.transports.cuda_driver import CudaDriverError
 from rdt_core.transports.fused_copy import FusedCopy
@@ -156,7 +157,7 @@ class CudaIpcLink:
         for handle in ticket.handles:
             self._mapped.append(cuda_driver.map_allocation(handle))
         ranges = [
-            (self._mapped[index] + offset, target.data_ptr(), nbytes)
+            RowBlock(self._mapped[index] + offset, target.data_ptr(), nbytes)
             for (index, offset, nbytes), target in zip(ticket.rows(), self._targets, strict=True)
             if nbytes
         ]
