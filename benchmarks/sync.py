@@ -43,6 +43,8 @@ from rdt_core import WeightSync
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from rdt_core.report import SyncReport
+
 WARM_UP = 3
 PHASES_AHEAD = ("publish", "prepare", "read", "commit", "commit_request", "stall", "from_publish")
 HERE = Path(__file__).parent
@@ -84,6 +86,7 @@ class Setup:
         replicas: engines.
         dtype: of the trainers' memory.
         transport: of every link.
+        fan_out: whether engines read together, see :meth:`rdt_core.sync.WeightSync.connect`.
     """
 
     case: str
@@ -94,6 +97,7 @@ class Setup:
     engines: int = 1
     replicas: int = 1
     dtype: str = "bfloat16"
+    fan_out: str = "auto"
 
     def trainer_devices(self) -> list[str]:
         """One a trainer rank."""
@@ -141,7 +145,12 @@ def measure_ours(
         started = time.perf_counter()
         sync = stack.enter_context(
             WeightSync.connect(
-                "benchmark", engines=urls, transport=setup.transport, mode=mode, timeout_s=TIMEOUT_S
+                "benchmark",
+                engines=urls,
+                transport=setup.transport,
+                mode=mode,
+                fan_out=setup.fan_out,
+                timeout_s=TIMEOUT_S,
             )
         )
         ranks = [rank for of_engine in sync.engines.values() for rank in of_engine]
@@ -156,15 +165,19 @@ def measure_ours(
         engine_bytes = warm_bytes = 0
         for version in range(1, runs + 1):
             trainers.step()
-            samples.append(measure_update(sync, version, trainers.start_publish))
+            samples.append(measure_update(sync, version, trainers.start_publish)[0])
             if version == WARM_UP:
                 engine_bytes, warm_bytes = sum(map(memory_of, urls)), trainers.memory_bytes()
+        report: SyncReport | None = None
         for version in range(runs + 1, 2 * runs + 1):
-            sample = measure_update(sync, version, trainers.start_step)
+            sample, report = measure_update(sync, version, trainers.start_step)
             # In these three a step is waited for.
             ahead.append(
                 {k: v for k, v in sample.items() if k not in ("ray_call", "publish_wait", "end_to_end")}
             )
+        ranks_read = report.ranks if report else ()
+        facts["bytes_from_trainers"] = sum(link.nbytes for rank in ranks_read for link in rank.links)
+        facts["bytes_from_neighbours"] = sum(rank.neighbours_nbytes for rank in ranks_read)
         facts["trainer_growth_over_syncs_bytes"] = trainers.memory_bytes() - warm_bytes
         facts["trainer_growth_bytes"] = trainers.memory_bytes() - trainer_bytes
         facts["engine_growth_bytes"] = sum(map(memory_of, urls)) - engine_bytes
@@ -176,7 +189,7 @@ def measure_ours(
 
 def measure_update(
     sync: WeightSync, version: int, start: Callable[[int], Callable[[], list[tuple[float, float]]]]
-) -> Sample:
+) -> tuple[Sample, SyncReport]:
     """One update, asked for as soon as the trainers were told to publish its version."""
     began = time.perf_counter()
     wait = start(version)
@@ -184,7 +197,7 @@ def measure_update(
     ended = time.perf_counter()
     published = wait()
     first = min(begin for begin, _ in published)
-    return {
+    sample = {
         "ray_call": first - began,
         "publish": max(end - begin for begin, end in published),
         "publish_wait": report.publish_wait_s,
@@ -196,6 +209,7 @@ def measure_update(
         "from_publish": ended - first,
         "end_to_end": ended - began,
     }
+    return sample, report
 
 
 def memory_of(url: str) -> int:
@@ -329,6 +343,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--engines", type=int, default=1, help="tensor-parallel ranks of each engine")
     parser.add_argument("--replicas", type=int, default=1, help="engines")
+    parser.add_argument("--fan-out", choices=["auto", "always", "never"], default="auto")
     parser.add_argument("--dtype", default="bfloat16", help="of the trainers' memory")
     parser.add_argument("--transport", help="by default cuda_ipc on CUDA, nixl on CPU")
     parser.add_argument("--modes", default="staged,inplace", help="by comma")
@@ -351,6 +366,7 @@ def main() -> None:
         engines=args.engines,
         replicas=args.replicas,
         dtype=args.dtype,
+        fan_out=args.fan_out,
     )
     available = dict(REFERENCES[args.device])
     if args.device == "cuda" and num_gpus() > 1:

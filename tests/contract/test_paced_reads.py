@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rdt_core import connection
+from rdt_core import link_plans
 from rdt_core.engine_rpc import parse_connect
 from rdt_core.errors import AbortedError, LeaseLostError, SupersededError, TornReadError, WireFormatError
 from rdt_core.export_request import parse_export
@@ -22,7 +22,7 @@ SHARE = 0.9
 @pytest.fixture
 def engine(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """An engine whose pieces are so small that the toy model has dozens."""
-    monkeypatch.setattr(connection, "piece_nbytes", lambda _: 1000)
+    monkeypatch.setattr(link_plans, "piece_nbytes", lambda _: 1000)
     made = Engine(world.channel)
     yield made
     made.subscriber.disconnect()

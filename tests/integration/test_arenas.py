@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rdt_core import connection
+from rdt_core import link_plans
 from rdt_core.arena import ARENA_WINDOW, ArenaItem
 from rdt_core.arena_memory import Arenas
 from rdt_core.describe import describe_trainer
@@ -130,7 +130,7 @@ def test_paced_reads_bring_the_same_bytes_piece_by_piece(
     ray_cluster: str, group: str, arenas: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert ray_cluster
-    monkeypatch.setattr(connection, "piece_nbytes", lambda _: 1000)
+    monkeypatch.setattr(link_plans, "piece_nbytes", lambda _: 1000)
     trainers = start_trainers(2, shapes=MIXED, dim=1)
     get([trainer.attach.remote(group) for trainer in trainers])
     model = Columns(MIXED, 1, 2, torch.bfloat16)

@@ -19,9 +19,9 @@ from rdt_core.errors import (
     UnknownGroupError,
     VersionSkewError,
 )
-from rdt_core.line import METHODS, Line, LineServer
+from rdt_core.line import Line, LineServer, is_taken
 from rdt_core.patience import RestartingError, call_patiently
-from rdt_core.peers import GroupCoordinator, LenderChannel
+from rdt_core.peers import GroupCoordinator, LenderChannel, landing_name
 from rdt_core.priority import leave_niceness
 from rdt_core.ray_session import NAMESPACE
 from rdt_core.words import NOTHING_SAID, LastWords, Outcome, TrainerTask
@@ -131,9 +131,10 @@ class RayChannel:
         self, method: str, *args: object, timeout_s: float = ATTACH_TIMEOUT_S
     ) -> Callable[[float], Any]:
         """See :class:`Channel`. A first call asks for the line before, and waits for that."""
-        if (self._line is None or method not in METHODS) and not ray_session.is_node_there():
+        is_for_line = is_taken(method, args)
+        if (self._line is None or not is_for_line) and not ray_session.is_node_there():
             raise CoordinatorLostError(self._group, "the Ray node of this process has ended")
-        line = self._find_line(timeout_s) if method in METHODS else None
+        line = self._find_line(timeout_s) if is_for_line else None
         if line is None:
             ref = self._call_actor(method, args, tracing.traceparent())
             return lambda timeout_s: self._result(ref, method, timeout_s)
@@ -326,6 +327,10 @@ class CoordinatorClient:
     def of_lender(self, engine: str) -> CoordinatorClient:
         """A client for what ``engine`` lends: its ranks stand there where trainer ranks stand here."""
         return CoordinatorClient(LenderChannel(self._channel, engine))
+
+    def of_landing(self, engine: str, rank: int) -> CoordinatorClient:
+        """A client for what an engine rank landed and offers to its neighbours, see :mod:`rdt_core.relay`."""
+        return self.of_lender(landing_name(engine, rank))
 
     def attach(
         self, rank: int, world_size: int, instance: str, manifest: bytes, last: LastWords = NOTHING_SAID

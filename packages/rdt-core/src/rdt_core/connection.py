@@ -7,83 +7,59 @@ import dataclasses
 import logging
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rdt_core import choice
+from rdt_core import fan_out
 from rdt_core.coordinator import reader_name
-from rdt_core.describe import node_name
+from rdt_core.describe import device_name, node_name
 from rdt_core.digest import digest_bytes
-from rdt_core.direct import aim_directly
 from rdt_core.errors import (
-    CannotLendError,
     CoordinatorLostError,
     DeadlineError,
     ForgottenError,
     RdtError,
-    ShapeError,
     TopologyChangedError,
     TornReadError,
-    TransportUnavailableError,
 )
+from rdt_core.fan_out import Neighbour
 from rdt_core.free_memory import measure_free_bytes, measure_host_share
 from rdt_core.landing import Landing, engine_manifest, make_landing
-from rdt_core.link_prices import cost_over
-from rdt_core.links import LinkPlan, OpenLinks, Reader, choose_links, open_links
-from rdt_core.mode import AUTO, INPLACE, PINNED, choose_mode
-from rdt_core.pacing import WITHOUT_REST, Pace, piece_nbytes
-from rdt_core.plan import RELOAD_PREFIX
-from rdt_core.planner import ReadCost, build_plan
+from rdt_core.link_plans import LinkPlans, LinkUse, plan_links
+from rdt_core.links import OpenLinks, Reader, open_links
+from rdt_core.meeting import (
+    aim_in_place,
+    is_near,
+    meet_trainers,
+    price_reads,
+    reader_of,
+    refuse_other_dtypes,
+)
+from rdt_core.mode import INPLACE, PINNED, choose_mode
+from rdt_core.pacing import WITHOUT_REST, Pace
+from rdt_core.planner import build_plan
 from rdt_core.read_method import NEVER
 from rdt_core.reader_thread import ReaderThread
-from rdt_core.wire import manifest_from_bytes
+from rdt_core.relay import PATIENCE_S, Relay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from rdt_core.client import CoordinatorClient
+    from rdt_core.connect_request import ConnectRequest
     from rdt_core.engine_model import EngineModel
+    from rdt_core.fan_out import Circle
     from rdt_core.manifest import Manifest, TensorSpec
     from rdt_core.plan import Plan
     from rdt_core.recording import Recording
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConnectRequest:
-    """What a driver tells an engine so that its ranks can join a group.
-
-    Args:
-        group: name of the sync group.
-        engine: the engine's identity among the group's engines; its URL by default.
-        ray_address: ``host:port`` of the cluster's GCS, or ``"auto"``.
-        ray_auth_mode: the driver's ``RAY_AUTH_MODE``; never a token.
-        transport: name of the transport to force, or ``"auto"``.
-        mode: ``"staged"``, ``"pinned"``, ``"inplace"``, or ``"auto"``, see :func:`rdt_core.mode.choose_mode`.
-        arenas: ``"auto"`` or ``"never"``, see :class:`rdt_core.read_method.ReadCost`.
-        read_share: of the time in which bytes move while a version is read beside generation, see
-            :mod:`rdt_core.pacing`.
-        timeout_s: for each wait of the connect, in seconds.
-        lender: an engine that lends ``lent_version``, to read that one from; empty to read from the trainers,
-            as every other version is.
-        lent_version: see ``lender``.
-    """
-
-    group: str
-    engine: str
-    ray_address: str = ""
-    ray_auth_mode: str = ""
-    transport: str = choice.AUTO
-    mode: str = AUTO
-    arenas: str = "auto"
-    read_share: float = WITHOUT_REST
-    timeout_s: float = 60.0
-    lender: str = ""
-    lent_version: int = 0
-
-
 logger = logging.getLogger(__name__)
+
+_NONE = "none"
+"""The topology of links that are not open, which no group has."""
 
 TRAINERS = "trainers"
 """What a report names as the source of bytes that no engine lent."""
@@ -97,7 +73,8 @@ class Connection:
     """One engine rank's connection. Owned by its subscriber; ``lock`` is held by whoever reads or flips.
 
     ``client`` reaches the group, ``source`` the coordinator of those who are read: the same, unless another
-    engine lends. ``device`` is that of the landing memory.
+    engine lends. ``device`` is that of the landing memory. ``is_near`` says that all trainer ranks are on
+    this node. ``circle`` is empty for a rank that reads alone.
     """
 
     request: ConnectRequest
@@ -112,13 +89,18 @@ class Connection:
     plan: Plan
     mode: str
     landing: Landing
+    planned: LinkPlans
     links: OpenLinks
     reader: ReaderThread
+    is_near: bool
+    circle: Circle = ()
+    turn: int = 0
+    relay: Relay | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     read_s: float = 0.0
     read_started_unix_s: float = 0.0
-    link_times: dict[int, tuple[float, float]] = field(default_factory=dict)
-    link_sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    neighbours_nbytes: int = 0
+    link_uses: dict[int, LinkUse] = field(default_factory=dict)
     is_closed: bool = False
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -136,6 +118,7 @@ class Connection:
             version: that the trainers must hold from before the first byte until after the last.
             timeout_s: for all links together, in seconds; the lease lasts as long.
             before_pull: called before every link's pull; may raise, for a read that is not wanted any more.
+                Also called while a neighbour is waited for.
             verify: ``"digest"`` to compare what was read with what the trainers hold, by digests.
 
         Raises:
@@ -183,6 +166,53 @@ class Connection:
         self._check_source(version)
         self.source.check_version(version, self.topology)
 
+    def gather(self, circle: Circle, turn: int) -> None:
+        """Make ready to read together with a circle, or alone for an empty one; holding ``lock``.
+
+        Called by the reader's thread before it waits for a version. Nobody reads the landing memory then.
+        Blocks for a second where the circle is new. A circle that cannot be met costs a warning only.
+
+        Raises:
+            SessionError, DeadlineError: the coordinator does not answer.
+        """
+        key = str(self.info.get("landing_key", ""))
+        if self.relay is None and circle and key:
+            buffer = self.landing.buffer
+            self.relay = Relay(self.client, self._link_reader(), buffer, key, self.planned.piece_nbytes)
+        if self.relay is None:
+            return
+        self.relay.withdraw()
+        circle, self.turn = circle if self.relay.meet(circle) else (), turn
+        if len(circle) == len(self.circle) or self._cut_links(max(1, len(circle))):
+            self.circle = circle
+
+    def _cut_links(self, num_shares: int) -> bool:
+        """Links to the trainers again, so that a share can be read by itself; whether they are open."""
+        self.circle = ()
+        self.links.close()
+        # Until they are open again a read has to plan anew, as for trainers that were replaced.
+        topology, self.topology = self.topology, _NONE
+        try:
+            self._open_links(meet_trainers(self.client, self.request.timeout_s).manifests, num_shares)
+        except RdtError as error:
+            logger.warning("rank %d plans again: %s", self.engine_rank, error)
+            return False
+        self.topology = topology
+        self.info |= self._describe_plan()
+        self.client.join(self.request.engine, self.engine_rank, self.info)
+        return True
+
+    def _open_links(self, manifests: Sequence[Manifest], num_shares: int = 1) -> None:
+        self.planned = plan_links(self.plan, self.landing, num_shares=num_shares, rests=self._rests)
+        self.links = open_links(self._link_reader(), self.client, manifests, self.planned.by_rank)
+
+    def _link_reader(self) -> Reader:
+        return reader_of(self.request, self.engine_rank, self.device)
+
+    @property
+    def _rests(self) -> bool:
+        return self.request.share_in(self.mode) != WITHOUT_REST
+
     def relink(self) -> None:
         """Plan again, and open links again, for trainer processes that took the place of others.
 
@@ -193,23 +223,18 @@ class Connection:
             RdtError: as :func:`open_connection` raises them; the old links are closed then.
         """
         self.stop_borrowing()
-        found = _meet(self.client, self.request.timeout_s)
+        found = meet_trainers(self.client, self.request.timeout_s)
         if found.specs != self.specs:
             raise TopologyChangedError(self.request.group, "their tensors have other names, shapes or dtypes")
         self.links.close()
-        cost = _price(self.request, self.request.arenas, self.engine_rank, self.device, found.manifests)
+        self._part()
+        cost = price_reads(self.request, self.request.arenas, self.engine_rank, self.device, found.manifests)
         staged = build_plan(self.wanted, found.manifests, cost=cost)
         self.plan = aim_in_place(staged, self.recording) if self.is_in_place else staged
         self.landing = make_landing(self.plan, self.recording, self.specs, self.device)
-        self.links = open_links(
-            _reader(self.request, self.engine_rank, self.device),
-            self.client,
-            found.manifests,
-            _plan_links(self.request, self.mode, self.plan, self.landing),
-        )
-        self.topology = found.topology
-        self.link_times.clear()
-        self.link_sizes.clear()
+        self._open_links(found.manifests)
+        self.topology, self.is_near = found.topology, is_near(found.manifests)
+        self.link_uses.clear()
         self.info |= self._describe_plan()
         self.client.join(self.request.engine, self.engine_rank, self.info)
 
@@ -220,6 +245,12 @@ class Connection:
             leave(self.source, self.request.engine, self.engine_rank)
             self.source = self.client
 
+    def _part(self) -> None:
+        """Read alone from now on. Landing memory that was offered is offered no more."""
+        relay, self.relay, self.circle = self.relay, None, ()
+        if relay is not None:
+            relay.close()
+
     def leave(self) -> None:
         """Leave the group, as far as it is still there."""
         for client in {id(client): client for client in (self.source, self.client)}.values():
@@ -228,24 +259,51 @@ class Connection:
     def _pull(self, version: int, timeout_s: float, before_pull: Callable[[], None]) -> None:
         started, self.read_started_unix_s = time.perf_counter(), time.time()
         deadline = time.monotonic() + timeout_s
-        pace = Pace(_share_of(self.request, self.mode))
+        pace = Pace(self.request.share_in(self.mode))
+        self.link_uses.clear()
+        self.neighbours_nbytes = 0
+
+        def pull_share(share: int) -> None:
+            self._pull_share(share, version, deadline, before_pull, pace)
+
+        if self.relay is None or not self.circle:
+            pull_share(0)
+        else:
+            me, count = (self.request.engine, self.engine_rank), len(self.circle)
+            own = self.circle.index(Neighbour(*me))
+            pull_share(own)
+            self.relay.publish(self.turn)
+            patience_s = PATIENCE_S + 4 * (time.perf_counter() - started)
+            # Everybody begins with the next one, so that nobody is read by all at once.
+            for share in [(own + step) % count for step in range(1, count)]:
+                left_s = min(patience_s, deadline - time.monotonic())
+                nbytes = self.relay.read(share, self.turn, left_s, before_pull, pace)
+                self.neighbours_nbytes += nbytes
+                if not nbytes:
+                    pull_share(share)
+        self.landing.fill_reload_buffers()
+        self.read_s = time.perf_counter() - started
+
+    def _pull_share(
+        self, share: int, version: int, deadline: float, before_pull: Callable[[], None], pace: Pace
+    ) -> None:
+        """One share from the trainers, all of it where the rank reads alone."""
         for trainer_rank, links in self.links.by_rank.items():
-            pull_started, pull_started_unix_s = time.perf_counter(), time.time()
-            for link in links:
+            nbytes, num_reads = self.planned.sizes[trainer_rank][share]
+            use = self.link_uses.setdefault(trainer_rank, LinkUse(time.time()))
+            began = time.perf_counter()
+            for link in self.planned.of_share(links, trainer_rank, share):
                 pace.rest(deadline - time.monotonic())
                 before_pull()
                 with pace.moving():
                     link.pull(version, timeout_s=max(0.001, deadline - time.monotonic()))
-            self.link_times[trainer_rank] = (pull_started_unix_s, time.perf_counter() - pull_started)
-        self.landing.fill_reload_buffers()
-        self.read_s = time.perf_counter() - started
+            use.add(nbytes, num_reads, time.perf_counter() - began)
 
     def _compare_digests(self, version: int, timeout_s: float) -> None:
         reader = {"reader": reader_name(self.request.engine, self.engine_rank)}
         held = self.source.ask("digest_reads", dict.fromkeys(self.links.by_rank, reader), timeout_s)
-        planned = _plan_links(self.request, self.mode, self.plan, self.landing)
-        for trainer_rank in self.links.by_rank:
-            if held[trainer_rank] != [digest_bytes(target) for target in planned[trainer_rank].targets]:
+        for trainer_rank, planned in self.planned.by_rank.items():
+            if held[trainer_rank] != [digest_bytes(target) for target in planned.targets]:
                 raise TornReadError(version, trainer_rank)
 
     def close(self) -> None:
@@ -259,6 +317,7 @@ class Connection:
         if self.is_closed and self.lock.acquire(blocking=False):
             try:
                 self.links.close()
+                self._part()
             finally:
                 self.lock.release()
 
@@ -273,7 +332,7 @@ class Connection:
     def _describe_plan(self) -> dict[str, Any]:
         return {
             "mode": self.mode,
-            "read_share": _share_of(self.request, self.mode),
+            "read_share": self.request.share_in(self.mode),
             "source": self.request.lender if self.is_borrowing else TRAINERS,
             "num_tensors": self.plan.num_tensors,
             "nbytes": self.plan.payload_nbytes,
@@ -282,8 +341,22 @@ class Connection:
             "landing_nbytes": self.landing.nbytes,
             "arena_bytes": self.plan.arena_bytes,
             "reload": dict(self.recording.reload),
+            "landing_key": self._landing_key(),
+            "landing_device": device_name(self.device),
+            "num_shares": self.planned.num_shares,
             **self.links.describe(),
         }
+
+    def _landing_key(self) -> str:
+        """What a driver finds ranks by that read together; empty where that is no gain, or not wanted."""
+        policy, nbytes = self.request.fan_out, self.landing.buffer.numel()
+        if policy == fan_out.NEVER or self.is_in_place or self.is_borrowing or not nbytes:
+            return ""
+        # Ranks without an accelerator share the memory that their trainers are in, unless that is elsewhere.
+        is_worth_it = nbytes >= fan_out.MIN_NBYTES and (self.device.type != "cpu" or not self.is_near)
+        if policy == fan_out.AUTO and not is_worth_it:
+            return ""
+        return fan_out.landing_key(self.plan, f"{node_name()} {self.device.type}")
 
     def describe_links(self) -> list[dict[str, Any]]:
         """What was read from each trainer rank and when: see :class:`rdt_core.report.LinkReport`."""
@@ -291,20 +364,10 @@ class Connection:
             {
                 "trainer_rank": rank,
                 "transport": self.links.choices[rank].transport,
-                "nbytes": self._size_of(rank)[0],
-                "num_reads": self._size_of(rank)[1],
-                "started_unix_s": started_unix_s,
-                "seconds": seconds,
+                **asdict(use),
             }
-            for rank, (started_unix_s, seconds) in self.link_times.items()
+            for rank, use in self.link_uses.items()
         ]
-
-    def _size_of(self, rank: int) -> tuple[int, int]:
-        """Bytes and reads of one link, counted once: a plan may have tens of thousands."""
-        if rank not in self.link_sizes:
-            reads = self.plan.reads_from(rank)
-            self.link_sizes[rank] = (sum(read.nbytes for read in reads), len(reads))
-        return self.link_sizes[rank]
 
 
 def open_connection(request: ConnectRequest, client: CoordinatorClient, model: EngineModel) -> Connection:
@@ -316,7 +379,8 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
         RdtError: see :meth:`rdt_core.subscriber.WeightSubscriber.connect`.
     """
     source = client.of_lender(request.lender) if request.lender else client
-    found = _meet(source, min(request.timeout_s, LENDER_TIMEOUT_S) if request.lender else request.timeout_s)
+    patience_s = LENDER_TIMEOUT_S if request.lender else request.timeout_s
+    found = meet_trainers(source, min(request.timeout_s, patience_s))
     recording = model.record(list(found.specs.values()))
     wanted = engine_manifest(
         recording,
@@ -328,10 +392,10 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
     )
     # An engine that lends does so for one read, which is not worth an arena.
     arenas = NEVER if request.lender else request.arenas
-    cost = _price(request, arenas, model.rank, model.device, found.manifests)
+    cost = price_reads(request, arenas, model.rank, model.device, found.manifests)
     staged = build_plan(wanted, found.manifests, cost=cost)
     if request.lender:
-        _refuse_other_dtypes(staged, found.specs)
+        refuse_other_dtypes(staged, found.specs)
     mode = choose_mode(
         request.mode,
         landing_nbytes=staged.landing_nbytes,
@@ -342,10 +406,12 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
     if device != model.device:
         # Reads that land elsewhere may go another way, at another price.
         wanted = dataclasses.replace(wanted, device=str(device))
-        cost = _price(request, arenas, model.rank, device, found.manifests)
+        cost = price_reads(request, arenas, model.rank, device, found.manifests)
         staged = build_plan(wanted, found.manifests, cost=cost)
     plan = aim_in_place(staged, recording) if mode == INPLACE else staged
     landing = make_landing(plan, recording, found.specs, device)
+    rests = request.share_in(mode) != WITHOUT_REST
+    planned = plan_links(plan, landing, rests=rests)
     return Connection(
         request=request,
         client=client,
@@ -359,98 +425,11 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
         plan=plan,
         mode=mode,
         landing=landing,
-        links=open_links(
-            _reader(request, model.rank, device),
-            source,
-            found.manifests,
-            _plan_links(request, mode, plan, landing),
-        ),
+        planned=planned,
+        links=open_links(reader_of(request, model.rank, device), source, found.manifests, planned.by_rank),
         reader=ReaderThread(f"rdt-reader-{model.rank}"),
+        is_near=is_near(found.manifests),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Trainers:
-    """The trainer ranks as they are now."""
-
-    topology: str
-    manifests: list[Manifest]
-    specs: dict[str, TensorSpec]
-
-
-def _meet(client: CoordinatorClient, timeout_s: float) -> _Trainers:
-    # Asked for first: should a rank be replaced meanwhile, the first read finds out.
-    client.manifests(timeout_s)
-    topology = client.topology()
-    manifests = [manifest_from_bytes(raw) for raw in client.manifests(timeout_s)]
-    return _Trainers(topology=topology, manifests=manifests, specs=merge_specs(manifests))
-
-
-def aim_in_place(plan: Plan, recording: Recording) -> Plan:
-    """The plan for in-place mode.
-
-    An engine's own loader, which takes the reload tensors, must run before any other byte is in place (see
-    :class:`Recording`). So where there are such tensors only they are read directly, and the rest lands
-    beside the parameters.
-    """
-
-    def may_write(window: str) -> bool:
-        return not recording.reload or window.startswith(RELOAD_PREFIX)
-
-    return aim_directly(plan, may_write=may_write)
-
-
-def _price(
-    request: ConnectRequest, arenas: str, engine_rank: int, device: torch.device, trainers: Sequence[Manifest]
-) -> ReadCost:
-    """What reads cost over the links that would be chosen; general prices where not all can be."""
-    try:
-        choices = choose_links(_reader(request, engine_rank, device), trainers)
-    except TransportUnavailableError:
-        return ReadCost(arenas=arenas)  # a link that is needed fails when it is opened
-    return cost_over({rank: choice.transport for rank, choice in choices.items()}, arenas)
-
-
-def _reader(request: ConnectRequest, engine_rank: int, device: torch.device) -> Reader:
-    return Reader(
-        engine=request.engine,
-        rank=engine_rank,
-        device=device,
-        forced=request.transport,
-        timeout_s=request.timeout_s,
-    )
-
-
-def _plan_links(request: ConnectRequest, mode: str, plan: Plan, landing: Landing) -> dict[int, LinkPlan]:
-    """What to read from each trainer rank: over one link, or piece by piece where reads rest."""
-    whole = {
-        rank: LinkPlan(
-            ranges=[(read.window, read.offset_bytes, read.nbytes) for read in plan.reads_from(rank)],
-            targets=landing.targets(plan.reads_from(rank)),
-            items=plan.arenas.get(rank, ()),
-        )
-        for rank in plan.trainer_ranks
-    }
-    if _share_of(request, mode) == WITHOUT_REST:
-        return whole
-    return {rank: planned.cut(piece_nbytes(plan.read_nbytes)) for rank, planned in whole.items()}
-
-
-def _share_of(request: ConnectRequest, mode: str) -> float:
-    """Nothing rests in place: there the model waits for the read."""
-    return WITHOUT_REST if mode == INPLACE else request.read_share
-
-
-def _refuse_other_dtypes(plan: Plan, specs: dict[str, TensorSpec]) -> None:
-    """An engine that lends must hold what the trainers hold, or what this one holds, bit for bit.
-
-    Raises:
-        CannotLendError: it rounded a tensor that this engine would not have rounded so.
-    """
-    for copy in plan.copies:
-        if copy.source_dtype not in (copy.target_dtype, specs[copy.tensor].dtype):
-            reason = f"it holds {copy.tensor} as {copy.source_dtype}, the reader as {copy.target_dtype}"
-            raise CannotLendError(copy.trainer_rank, reason)
 
 
 def leave(client: CoordinatorClient, engine: str, rank: int) -> None:
@@ -459,23 +438,3 @@ def leave(client: CoordinatorClient, engine: str, rank: int) -> None:
         client.leave(engine, rank)
     except (CoordinatorLostError, DeadlineError) as error:
         logger.debug("left a group whose coordinator is gone: %s", error)
-
-
-def merge_specs(manifests: Sequence[Manifest]) -> dict[str, TensorSpec]:
-    """Every tensor of the group by name, in a fixed order.
-
-    Raises:
-        ShapeError: two trainer ranks disagree about a tensor's shape or dtype.
-    """
-    merged: dict[str, TensorSpec] = {}
-    for manifest in manifests:
-        for name, spec in manifest.tensors.items():
-            known = merged.setdefault(name, spec)
-            if known != spec:
-                raise ShapeError(
-                    name,
-                    manifest.rank,
-                    f"{spec.dtype}{list(spec.shape)}",
-                    f"{known.dtype}{list(known.shape)}",
-                )
-    return dict(sorted(merged.items()))

@@ -41,6 +41,11 @@ def node_name() -> str:
     return socket.gethostname()
 
 
+def device_name(device: torch.device) -> str:
+    """Identifies a GPU, however processes number it; empty for the host, and where it cannot be told."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
 def span_bytes(data: torch.Tensor) -> tuple[int, int]:
     """Half-open byte range that ``data`` touches in its storage."""
     itemsize = data.element_size()

@@ -51,6 +51,19 @@ def call(subscriber: WeightSubscriber, method: str, payload: Mapping[str, Any]) 
         return {"ok": False, "error": to_wire(RdtError(f"{method} failed: {type(error).__name__}: {error}"))}
 
 
+_TEXTS = (
+    "group",
+    "engine",
+    "ray_address",
+    "ray_auth_mode",
+    "transport",
+    "mode",
+    "arenas",
+    "fan_out",
+    "lender",
+)
+
+
 def _find(method: str) -> Callable[[WeightSubscriber, Mapping[str, Any]], dict[str, Any]]:
     if method not in _METHODS:
         raise WireFormatError("control method", f"unknown method {method!r}")
@@ -67,7 +80,7 @@ def parse_connect(payload: Mapping[str, Any]) -> ConnectRequest:
     unknown = set(payload) - set(known)
     if unknown:
         raise WireFormatError("connect request", f"unknown fields {sorted(unknown)}")
-    for name in ("group", "engine", "ray_address", "ray_auth_mode", "transport", "mode", "arenas", "lender"):
+    for name in _TEXTS:
         if name in payload and not isinstance(payload[name], str):
             raise WireFormatError("connect request", f"{name} must be a string")
     for name in ("group", "engine"):
@@ -131,6 +144,18 @@ def parse_flag(payload: Mapping[str, Any], name: str) -> bool:
     return flag
 
 
+def parse_turn(payload: Mapping[str, Any]) -> int:
+    """The turn named in a request, see :mod:`rdt_core.relay`; 0 when there is none.
+
+    Raises:
+        WireFormatError: no whole number.
+    """
+    turn = payload.get("turn", 0)
+    if not isinstance(turn, int) or isinstance(turn, bool) or not 0 <= turn < 1 << 63:
+        raise WireFormatError("request", f"turn must be a whole number, got {turn!r}")
+    return turn
+
+
 def _connect(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[str, Any]:
     return subscriber.connect(parse_connect(payload))
 
@@ -142,7 +167,13 @@ def _prepare(subscriber: WeightSubscriber, payload: Mapping[str, Any]) -> dict[s
         return subscriber.prepare(version, timeout_s=timeout_s, verify=verify)
     awaits = parse_flag(payload, "awaits_publication")
     subscriber.start_prepare(
-        version, str(attempt), timeout_s=timeout_s, verify=verify, awaits_publication=awaits
+        version,
+        str(attempt),
+        timeout_s=timeout_s,
+        verify=verify,
+        awaits_publication=awaits,
+        circles=payload.get("circles", {}),
+        turn=parse_turn(payload),
     )
     return {"version": version, "attempt": str(attempt)}
 

@@ -26,7 +26,7 @@ from rdt_core.errors import CoordinatorLostError, DeadlineError, RdtError
 from rdt_core.words import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from rdt_core.coordinator import Coordinator
 
@@ -46,6 +46,19 @@ METHODS = frozenset(
     }
 )
 """What may be called here: the coordinator's methods of plain values that lie on the way of a sync."""
+
+_OF_LENDER = "of_lender"
+
+
+def is_taken(method: Any, args: Sequence[object]) -> bool:
+    """Whether a call may come here: a method of ``METHODS``, or of them at what an engine lends.
+
+    See :meth:`rdt_core.peers.GroupCoordinator.of_lender`.
+    """
+    if method == _OF_LENDER:
+        return len(args) > 1 and args[1] in METHODS
+    return method in METHODS
+
 
 _SECRET_BYTES = 32
 _MAX_FRAME_BYTES = 1 << 20
@@ -110,7 +123,7 @@ class LineServer:
         """What one frame's call returns, or the error that it ends with. Takes any bytes; raises nothing."""
         try:
             method, args, traceparent = unpack(request)
-            if method in METHODS:
+            if is_taken(method, args):
                 return await self._coordinator.call(method, args, str(traceparent))
         except RdtError as error:
             return error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rdt_core.errors import NotConnectedError
+from rdt_core.fan_out import Neighbour, Place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -93,6 +94,18 @@ class Member:
     def awaits_publication(self) -> bool:
         """Whether every rank can be asked to read a version that is yet to be published."""
         return self.is_connected and all(rank.get("awaits_publication") is True for rank in self.ranks)
+
+    @property
+    def places(self) -> list[Place]:
+        """The landing memory of every rank."""
+        return [
+            Place(
+                Neighbour(self.url, int(rank["rank"])),
+                str(rank.get("landing_key", "")),
+                str(rank.get("landing_device", "")),
+            )
+            for rank in self.ranks
+        ]
 
     def reads_in(self, mode: str) -> bool:
         """Whether the engine has joined, and every rank is connected in this mode."""

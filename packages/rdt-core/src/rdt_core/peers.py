@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from rdt_core.coordinator import Coordinator
+from rdt_core.coordinator import Coordinator, reader_name
 from rdt_core.errors import WireFormatError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ LENT_METHODS = frozenset(
         "answer",
         "ask",
         "attach",
+        "await_published",
         "begin_read",
         "check_version",
         "detach",
@@ -41,6 +42,14 @@ LENT_METHODS = frozenset(
     }
 )
 """What an engine that lends and its readers may call."""
+
+_LANDING = "landing:"
+"""Before a rank's name: what it offers to its neighbours, which no newcomer reads."""
+
+
+def landing_name(engine: str, rank: int) -> str:
+    """As which an engine rank lends what it landed, see :mod:`rdt_core.relay`."""
+    return f"{_LANDING}{reader_name(engine, rank)}"
 
 
 class LenderCoordinator(Coordinator):
@@ -89,13 +98,12 @@ class GroupCoordinator(Coordinator):
         return {**await super().status(), "lending": self._lenders()}
 
     def _lenders(self) -> list[str]:
-        return sorted(engine for engine, lender in self._lending.items() if not lender.is_deserted)
+        lending = (engine for engine, lender in self._lending.items() if not lender.is_deserted)
+        return sorted(engine for engine in lending if not engine.startswith(_LANDING))
 
 
 class LenderChannel:
     """A :class:`rdt_core.client.Channel` to the coordinator of what one engine lends.
-
-    All calls go through Ray: they are few, and some carry object refs.
 
     Args:
         channel: to the group's coordinator.

@@ -125,5 +125,6 @@ def _make_row(engine: str, rank: Mapping[str, Any]) -> RankReport:
         prepare_started_unix_s=float(rank.get("prepare_started_unix_s", 0.0)),
         commit_started_unix_s=float(rank.get("commit_started_unix_s", 0.0)),
         source=str(rank.get("source", "trainers")),
+        neighbours_nbytes=int(rank.get("neighbours_nbytes", 0)),
         links=tuple(LinkReport(**link) for link in rank.get("links", ())),
     )

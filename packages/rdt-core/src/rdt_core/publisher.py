@@ -136,7 +136,7 @@ class WeightPublisher:
         """Bytes held beside the parameters: what engines read packed or cast, and an exporter's copies."""
         return self._exports.arena_bytes + self._local.copied_bytes
 
-    def publish(self, version: int) -> None:
+    def publish(self, version: int, *, awaits_device: bool = True) -> None:
         """Say that this rank's parameters now hold ``version``, and may be read until they are next written.
 
         Called in every trainer rank after ``optimizer.step()``. Waits for this device's pending work, then
@@ -148,6 +148,7 @@ class WeightPublisher:
 
         Args:
             version: greater than every version before; the step count will do.
+            awaits_device: False where the caller has waited for what wrote the parameters.
 
         Raises:
             InvalidVersionError: not a positive integer.
@@ -169,7 +170,7 @@ class WeightPublisher:
             self.release()
             self._local.refresh()
         self._check_addresses()
-        if self._described.manifest.device.startswith("cuda"):
+        if awaits_device and self._described.manifest.device.startswith("cuda"):
             torch.cuda.synchronize(self._described.manifest.device)
         self._settle_last()
         if self.arena_bytes:

@@ -47,6 +47,8 @@ class RankReport:
         links: one row a rank that was read, in the order of reading.
         source: whence the bytes came: ``"trainers"``, or the engine that lent them, whose ranks are then what
             ``transports`` and ``links`` name.
+        neighbours_nbytes: of ``read_nbytes``, what came from engine ranks of the same node, see
+            :mod:`rdt_core.fan_out`.
     """
 
     engine: str
@@ -62,6 +64,7 @@ class RankReport:
     commit_started_unix_s: float = 0.0
     links: tuple[LinkReport, ...] = ()
     source: str = "trainers"
+    neighbours_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rdt_core.errors import ConfigError, DeadlineError, EngineUnreachableError, RdtError, UpdateFailedError
+from rdt_core.fan_out import circles_to_wire
 from rdt_core.member import MARGIN_S
 from rdt_core.mode import AUTO, MODES
 from rdt_core.progress import trace_context
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
     from rdt_core.client import CoordinatorClient
+    from rdt_core.fan_out import Circle, Neighbour
     from rdt_core.member import Member
     from rdt_core.words import Outcome
 
@@ -78,6 +80,7 @@ class Round:
         members: that are to take the version.
         version: published by every trainer rank.
         options: how.
+        circles: of engine ranks that read together, see :mod:`rdt_core.fan_out`.
         connect: has a member join that must before it can read: one that reads in another mode, or that an
             earlier call left outside. By default all have.
     """
@@ -90,8 +93,10 @@ class Round:
         version: int,
         options: UpdateOptions,
         connect: Callable[[Member], None] = lambda _: None,
+        circles: Mapping[Neighbour, Circle] | None = None,
     ) -> None:
-        self._connect = connect
+        self._connect, self._circles = connect, circles or {}
+        self._turn = time.time_ns()
         self._client, self._pool, self._version, self._options = client, pool, version, options
         self._members = list(members)
         self._attempt = f"{version}:{uuid.uuid4().hex}"
@@ -105,9 +110,10 @@ class Round:
         Their ranks wait for the publication themselves, so that it finds them ready. An engine that cannot,
         or must connect in another mode first, is asked by :meth:`prepare`.
         """
-        mode, payload = self._options.mode, {**self._for_reading(), "awaits_publication": True}
+        mode = self._options.mode
         for member in self._members:
             if member.awaits_publication and (mode is None or member.reads_in(mode)):
+                payload = {**self._for_reading(member), "awaits_publication": True}
                 self._asked[member] = self._pool.submit(self._ask, member, payload)
 
     def prepare(self, life: str) -> list[Member]:
@@ -190,17 +196,18 @@ class Round:
             **self._options.for_reading(),
         }
 
-    def _for_reading(self) -> dict[str, Any]:
-        return {"version": self._version, "attempt": self._attempt, **self._options.for_reading()}
+    def _for_reading(self, member: Member) -> dict[str, Any]:
+        asked = {"version": self._version, "attempt": self._attempt, **self._options.for_reading()}
+        circles = circles_to_wire(self._circles, member.url)
+        return {**asked, "circles": circles, "turn": self._turn} if circles else asked
 
     def _ask_others(self) -> dict[Member, UpdateFailedError]:
         """Ask those who were not asked ahead, and wait until all have answered; the failures by member."""
-        payload = self._for_reading()
         others = [member for member in self._members if member not in self._asked]
 
         def prepare(member: Member) -> None:
             self._connect(member)
-            member.call("prepare", payload, self._options.timeout_s)
+            member.call("prepare", self._for_reading(member), self._options.timeout_s)
 
         failed = self._on_all("prepare", others, prepare)
         answers = {member: answer.result() for member, answer in self._asked.items()}

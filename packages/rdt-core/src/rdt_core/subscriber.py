@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rdt_core import ray_session, tracing
 from rdt_core.client import CoordinatorClient, RayChannel
-from rdt_core.connection import Connection, ConnectRequest, leave, open_connection
+from rdt_core.connect_request import ConnectRequest
+from rdt_core.connection import Connection, leave, open_connection
 from rdt_core.describe import typed_view
 from rdt_core.digest import RegionDigest, digest_region
 from rdt_core.errors import (
@@ -20,6 +21,7 @@ from rdt_core.errors import (
     RdtError,
     TopologyChangedError,
 )
+from rdt_core.fan_out import circle_from_wire
 from rdt_core.lending import GRACE_S, Lending, lent_shards
 from rdt_core.lifecycle import RankLife, RankState
 from rdt_core.words import Outcome
@@ -27,6 +29,7 @@ from rdt_core.words import Outcome
 if TYPE_CHECKING:
     from rdt_core.client import Channel
     from rdt_core.engine_model import EngineModel
+    from rdt_core.fan_out import Circle
 
 __all__ = ["ConnectRequest", "WeightSubscriber"]
 
@@ -137,6 +140,7 @@ class WeightSubscriber:
         """
         attempt = self._life.begin_read(version)
         connection = self._connected("prepare")
+        self._gather(connection, attempt, (), 0)
         self._read(connection, attempt, version, timeout_s, verify)
         return {"version": version, "prepare_s": connection.read_s}
 
@@ -148,6 +152,8 @@ class WeightSubscriber:
         timeout_s: float = 60.0,
         verify: str | None = None,
         awaits_publication: bool = False,
+        circles: object = None,
+        turn: int = 0,
     ) -> None:
         """Begin :meth:`prepare` in a thread and return; the coordinator is told how it ended.
 
@@ -158,13 +164,18 @@ class WeightSubscriber:
             verify: ``"digest"`` to compare what was read with what the trainers hold.
             awaits_publication: wait up to ``timeout_s`` for the version to be published before the read, in
                 the thread that reads. Abort, disconnect and another prepare end that wait as they end a read.
+            circles: with whom ranks of this engine read together, by rank, see
+                :func:`rdt_core.fan_out.circle_from_wire`; all read alone by default.
+            turn: of the circles, see :mod:`rdt_core.relay`.
 
         Raises:
+            WireFormatError: the circles are none.
             NotConnectedError: connect first.
             StaleVersionError: not greater than the committed version.
         """
-        number = self._life.begin_read(version)
         connection = self._connected("prepare")
+        circle = circle_from_wire(circles or {}, connection.request.engine, self._model.rank)
+        number = self._life.begin_read(version)
         parent = tracing.traceparent()
 
         def read() -> None:
@@ -173,6 +184,7 @@ class WeightSubscriber:
 
         def read_and_report() -> None:
             try:
+                self._gather(connection, number, circle, turn)
                 if awaits_publication:
                     self._await_publication(connection, number, version, timeout_s)
                 self._read(connection, number, version, timeout_s, verify)
@@ -205,6 +217,17 @@ class WeightSubscriber:
             logger.debug("rank %d: waiting for version %d failed: %s", self._model.rank, version, error)
         finally:
             self._is_awaiting = False
+
+    def _gather(self, connection: Connection, attempt: int, circle: Circle, turn: int) -> None:
+        """With whom the read that follows is shared; nobody for an empty circle."""
+        try:
+            with connection.lock:
+                connection.gather(circle, turn)
+        except BaseException:
+            self._life.fail_read(attempt)
+            raise
+        finally:
+            connection.close_when_idle()
 
     def _read(
         self, connection: Connection, attempt: int, version: int, timeout_s: float, verify: str | None
@@ -282,6 +305,7 @@ class WeightSubscriber:
             "version": version,
             "commit_s": time.perf_counter() - started,
             "prepare_s": 0.0 if connection.is_in_place else connection.read_s,
+            "neighbours_nbytes": connection.neighbours_nbytes,
             "prepare_started_unix_s": connection.read_started_unix_s,
             "commit_started_unix_s": started_unix_s,
             "links": connection.describe_links(),

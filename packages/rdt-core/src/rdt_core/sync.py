@@ -20,6 +20,8 @@ from rdt_core.errors import (
     RdtError,
     StaleVersionError,
 )
+from rdt_core.fan_out import AUTO as AUTO_FAN_OUT
+from rdt_core.fan_out import check_policy, form_circles
 from rdt_core.history import CoordinatorHistory
 from rdt_core.lifecycle import SyncEvent, SyncLife
 from rdt_core.member import Member
@@ -89,6 +91,7 @@ class WeightSync:
         transport: str = choice.AUTO,
         mode: str = AUTO,
         arenas: str = "auto",
+        fan_out: str = AUTO_FAN_OUT,
         read_share: float = WITHOUT_REST,
         commit_policy: str = ALL_OR_NONE,
         timeout_s: float = 120.0,
@@ -112,6 +115,10 @@ class WeightSync:
                 engine rank for itself.
             arenas: ``"auto"`` has trainer ranks hold packed and cast copies of what is cheaper to read that
                 way, ``SyncReport.arena_bytes`` in all; ``"never"`` takes no memory of theirs.
+            fan_out: whether engine ranks of one node that need the same read it from the trainers once, a
+                share each, and the rest from each other. ``"auto"`` where that is a gain: 256 MiB a rank and
+                more, on different GPUs, or from trainers on another node; ``"always"``; ``"never"``. Does not
+                concern in-place reads.
             read_share: share of the time in which an engine rank moves bytes while it reads beside
                 generation, more than 0 and up to 1. By default it reads as fast as its links go; at 0.25 a
                 read of more than 64 MiB takes up to four times as long and generation feels about a quarter
@@ -135,7 +142,7 @@ class WeightSync:
             raise ConfigError(f"engines must be one or more different URLs, got {list(engines)!r}.")
         if arenas not in ARENA_POLICIES:
             raise ConfigError(f"arenas={arenas!r} is not a policy. Use one of {ARENA_POLICIES}.")
-        read_share = check_read_share(read_share)
+        read_share, fan_out = check_read_share(read_share), check_policy(fan_out)
         where = ray_session.RayAddress("")
         if channel is None:
             ray_session.join()
@@ -149,6 +156,7 @@ class WeightSync:
             "transport": transport if transport != choice.AUTO else settings.read_transport(),
             "mode": mode,
             "arenas": arenas,
+            "fan_out": fan_out,
             "read_share": read_share,
             "timeout_s": timeout_s,
         }
@@ -409,7 +417,13 @@ class WeightSync:
             if not is_as_wanted:
                 member.connect(self._asked, float(self._asked["timeout_s"]))
 
-        return Round(self._client, self._pool, members, version, options, connect)
+        staying = [
+            member
+            for member in members
+            if member.is_connected and (options.mode is None or member.reads_in(options.mode))
+        ]
+        circles = form_circles([place for member in staying for place in member.places])
+        return Round(self._client, self._pool, members, version, options, connect, circles)
 
     def _part_with(self, member: Member) -> None:
         try:

@@ -1,0 +1,204 @@
+"""Engines of one node that read together: every byte from the trainers once, whatever goes wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from rdt_core import relay
+from rdt_core.errors import RdtError, UpdateFailedError
+from tests.local_group import LocalGroup, local_group
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rdt_core.report import RankReport, SyncReport
+    from rdt_core.sync import WeightSync
+
+
+@pytest.fixture
+def group() -> Iterator[LocalGroup]:
+    with local_group() as made:
+        yield made
+
+
+@pytest.fixture
+def engines(group: LocalGroup) -> Iterator[list[str]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(group.serve_engine()) for _ in range(3)]
+
+
+@pytest.fixture
+def sync(group: LocalGroup, engines: list[str]) -> Iterator[WeightSync]:
+    with group.connect(*engines, fan_out="always") as made:
+        yield made
+
+
+def read_from_trainers(row: RankReport) -> int:
+    return sum(link.nbytes for link in row.links)
+
+
+def bytes_from_trainers(report: SyncReport) -> int:
+    return sum(map(read_from_trainers, report.ranks))
+
+
+def check(sync: WeightSync, report: SyncReport) -> None:
+    """Every engine holds every byte, and each row's bytes add up."""
+    assert sync.verify().bytes_equal
+    for row in report.ranks:
+        assert read_from_trainers(row) + row.neighbours_nbytes >= row.read_nbytes
+
+
+def test_every_byte_comes_from_the_trainers_once(sync: WeightSync, group: LocalGroup) -> None:
+    for verify in (None, "digest", None):
+        report = sync.update(group.write_and_publish(), verify=verify)
+        check(sync, report)
+        whole = report.ranks[0].read_nbytes
+        assert bytes_from_trainers(report) == whole
+        assert all(0 < read_from_trainers(row) < whole / 2 for row in report.ranks)
+        assert all(row.neighbours_nbytes > whole / 2 for row in report.ranks)
+    assert sync.status()["engines"][0]["num_shares"] == 3
+    assert sync.status()["lending"] == []
+
+
+def test_engines_that_are_asked_ahead_read_together_too(sync: WeightSync, group: LocalGroup) -> None:
+    sync.update(group.write_and_publish())
+    version = group.write()
+    with contextlib.ExitStack() as stack:
+        timer = threading.Timer(0.3, lambda: [trainer.publish(version) for trainer in group.trainers])
+        stack.callback(timer.join)
+        timer.start()
+        report = sync.update(version)
+    check(sync, report)
+    assert bytes_from_trainers(report) == report.ranks[0].read_nbytes
+
+
+@pytest.mark.parametrize(
+    "options", [{"fan_out": "never"}, {"fan_out": "auto"}, {"fan_out": "always", "mode": "inplace"}]
+)
+def test_where_it_is_not_wanted_or_no_gain_everyone_reads_alone(
+    group: LocalGroup, engines: list[str], options: dict[str, Any]
+) -> None:
+    with group.connect(*engines, **options) as sync:
+        report = sync.update(group.write_and_publish())
+        assert sync.verify().bytes_equal
+        assert all(read_from_trainers(row) == row.read_nbytes for row in report.ranks)
+        assert all(row.neighbours_nbytes == 0 for row in report.ranks)
+
+
+def test_a_neighbour_that_gives_nothing_is_done_without(
+    sync: WeightSync, group: LocalGroup, engines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync.update(group.write_and_publish())
+    publish = relay.Relay.publish
+
+    def keep_silent(self: relay.Relay, turn: int) -> None:
+        if self._reader.engine != engines[1]:
+            publish(self, turn)
+
+    monkeypatch.setattr(relay, "PATIENCE_S", 0.2)
+    monkeypatch.setattr("rdt_core.connection.PATIENCE_S", 0.2)
+    monkeypatch.setattr(relay.Relay, "publish", keep_silent)
+    report = sync.update(group.write_and_publish())
+    check(sync, report)
+    by_engine = {row.engine: row for row in report.ranks}
+    silent, others = by_engine[engines[1]], [by_engine[engines[0]], by_engine[engines[2]]]
+    assert silent.neighbours_nbytes > silent.read_nbytes / 2
+    assert all(0 < row.neighbours_nbytes < row.read_nbytes / 2 for row in others)
+    monkeypatch.setattr(relay.Relay, "publish", publish)
+    report = sync.update(group.write_and_publish())
+    check(sync, report)
+    assert bytes_from_trainers(report) == report.ranks[0].read_nbytes
+
+
+def test_a_circle_that_cannot_meet_reads_from_the_trainers_and_is_not_tried_for_ever(
+    sync: WeightSync, group: LocalGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+
+    def fail(*_: Any) -> None:
+        tries.append(1)
+        raise RdtError("nobody is met here.")
+
+    monkeypatch.setattr(relay.Relay, "_open", fail)
+    for _ in range(5):
+        report = sync.update(group.write_and_publish())
+        check(sync, report)
+        assert all(row.neighbours_nbytes == 0 for row in report.ranks)
+    assert len(tries) == 3 * 3
+
+
+def test_engines_that_come_and_go_change_the_circle(
+    sync: WeightSync, group: LocalGroup, engines: list[str]
+) -> None:
+    sync.update(group.write_and_publish())
+    sync.remove_engine(engines[0])
+    report = sync.update(group.write_and_publish())
+    check(sync, report)
+    assert len(report.ranks) == 2
+    assert bytes_from_trainers(report) == report.ranks[0].read_nbytes
+    sync.add_engine(engines[0])
+    report = sync.update(group.write_and_publish())
+    check(sync, report)
+    assert len(report.ranks) == 3
+    sync.remove_engine(engines[0])
+    sync.remove_engine(engines[1])
+    report = sync.update(group.write_and_publish())
+    check(sync, report)
+    assert read_from_trainers(report.ranks[0]) == report.ranks[0].read_nbytes
+
+
+def test_a_version_that_failed_once_is_read_together_the_second_time(
+    sync: WeightSync, group: LocalGroup, engines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync.update(group.write_and_publish())
+    version = group.write_and_publish()
+    pull = relay.Relay._pull
+
+    def fail_once(self: relay.Relay, *args: Any) -> None:
+        monkeypatch.setattr(relay.Relay, "_pull", pull)
+        httpx.post(f"{engines[2]}/rdt/abort", json={}, timeout=30)
+        pull(self, *args)
+
+    monkeypatch.setattr(relay.Relay, "_pull", fail_once)
+    with contextlib.suppress(UpdateFailedError):
+        sync.update(version)
+    if sync.version < version:
+        report = sync.update(version)
+        check(sync, report)
+        assert bytes_from_trainers(report) == report.ranks[0].read_nbytes
+    assert sync.verify().bytes_equal
+
+
+def test_reads_that_rest_are_shared_too(
+    group: LocalGroup, engines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rdt_core.link_plans.piece_nbytes", lambda _: 1000)
+    with group.connect(*engines, fan_out="always", read_share=0.9) as sync:
+        for _ in range(2):
+            report = sync.update(group.write_and_publish(), verify="digest")
+            check(sync, report)
+            assert bytes_from_trainers(report) == report.ranks[0].read_nbytes
+
+
+def test_trainers_that_are_replaced_are_read_together_again(sync: WeightSync, group: LocalGroup) -> None:
+    sync.update(group.write_and_publish())
+    group.trainers[0].close()
+    group.trainers[0].attach(group.name, group.channel)
+    reports = [sync.update(group.write_and_publish()) for _ in range(3)]
+    check(sync, reports[-1])
+    assert bytes_from_trainers(reports[-1]) == reports[-1].ranks[0].read_nbytes
+
+
+def test_a_coordinator_that_was_restarted_breaks_no_circle_for_good(
+    sync: WeightSync, group: LocalGroup
+) -> None:
+    sync.update(group.write_and_publish())
+    group.channel.restart()
+    reports = [sync.update(group.write_and_publish()) for _ in range(4)]
+    check(sync, reports[-1])
+    assert bytes_from_trainers(reports[-1]) == reports[-1].ranks[0].read_nbytes
