@@ -68,9 +68,10 @@ def test_chunks_are_the_blocks_cut_and_nothing_else() -> None:
         RowBlock(200_000, 300_000, 768, 100, 1536, 768),
         RowBlock(700_000, 900_000, CHUNK_BYTES + 5, 3, 2 * CHUNK_BYTES, CHUNK_BYTES + 5),
     ]
-    chunks = list(cut_chunks(blocks))
+    chunks = [RowBlock(*chunk) for chunk in cut_chunks(blocks).tolist()]
     assert max(chunk.nbytes for chunk in chunks) == CHUNK_BYTES
     assert bytes_moved(chunks) == bytes_moved(blocks)
+    assert len(cut_chunks([])) == 0
     assert len(bytes_moved(blocks)) == sum(block.nbytes for block in blocks)
 
 

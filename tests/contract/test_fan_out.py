@@ -68,8 +68,13 @@ def test_every_byte_comes_from_the_trainers_once(sync: WeightSync, group: LocalG
 def test_engines_that_are_asked_ahead_read_together_too(sync: WeightSync, group: LocalGroup) -> None:
     sync.update(group.write_and_publish())
     version = group.write()
+
+    def publish() -> None:
+        for trainer in group.trainers:
+            trainer.publish(version)
+
     with contextlib.ExitStack() as stack:
-        timer = threading.Timer(0.3, lambda: [trainer.publish(version) for trainer in group.trainers])
+        timer = threading.Timer(0.3, publish)
         stack.callback(timer.join)
         timer.start()
         report = sync.update(version)
@@ -94,22 +99,21 @@ def test_a_neighbour_that_gives_nothing_is_done_without(
     sync: WeightSync, group: LocalGroup, engines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sync.update(group.write_and_publish())
-    publish = relay.Relay.publish
+    publish = relay.Relay._publish
 
-    def keep_silent(self: relay.Relay, turn: int) -> None:
+    def keep_silent(self: relay.Relay, turn: relay.Turn) -> None:
         if self._reader.engine != engines[1]:
             publish(self, turn)
 
-    monkeypatch.setattr(relay, "PATIENCE_S", 0.2)
     monkeypatch.setattr("rdt_core.connection.PATIENCE_S", 0.2)
-    monkeypatch.setattr(relay.Relay, "publish", keep_silent)
+    monkeypatch.setattr(relay.Relay, "_publish", keep_silent)
     report = sync.update(group.write_and_publish())
     check(sync, report)
     by_engine = {row.engine: row for row in report.ranks}
     silent, others = by_engine[engines[1]], [by_engine[engines[0]], by_engine[engines[2]]]
     assert silent.neighbours_nbytes > silent.read_nbytes / 2
     assert all(0 < row.neighbours_nbytes < row.read_nbytes / 2 for row in others)
-    monkeypatch.setattr(relay.Relay, "publish", publish)
+    monkeypatch.setattr(relay.Relay, "_publish", publish)
     report = sync.update(group.write_and_publish())
     check(sync, report)
     assert bytes_from_trainers(report) == report.ranks[0].read_nbytes
@@ -159,10 +163,10 @@ def test_a_version_that_failed_once_is_read_together_the_second_time(
     version = group.write_and_publish()
     pull = relay.Relay._pull
 
-    def fail_once(self: relay.Relay, *args: Any) -> None:
+    def fail_once(self: relay.Relay, *args: Any) -> Any:
         monkeypatch.setattr(relay.Relay, "_pull", pull)
         httpx.post(f"{engines[2]}/rdt/abort", json={}, timeout=30)
-        pull(self, *args)
+        return pull(self, *args)
 
     monkeypatch.setattr(relay.Relay, "_pull", fail_once)
     with contextlib.suppress(UpdateFailedError):

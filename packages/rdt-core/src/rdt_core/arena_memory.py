@@ -55,14 +55,13 @@ class Arenas:
         self._windows = windows
         self._slots: dict[ArenaItem, _Slot] = {}
         self._copies: LocalCopies | None = None
+        self._nbytes = 0
         self._lock = threading.Lock()
 
     @property
     def nbytes(self) -> int:
         """Memory held beside the parameters; 0 when no reader needs an arena."""
-        with self._lock:
-            buffers = {id(slot.buffer): slot.buffer.numel() for slot in self._slots.values()}
-            return sum(buffers.values())
+        return self._nbytes
 
     def hold(self, items: Sequence[ArenaItem]) -> ArenaHold:
         """Lay different items out for one reader, filled from the live memory as it is now.
@@ -80,6 +79,7 @@ class Arenas:
             if fresh:
                 # Made here and not by the next publish, which the trainer waits for.
                 self._copies = _copies_of(self._slots.values())
+                self._count()
             slots = [self._slots[item] for item in items]
             for slot in slots:
                 slot.num_holds += 1
@@ -94,6 +94,11 @@ class Arenas:
                 if not slot.num_holds:
                     del self._slots[item]
                     self._copies = None
+            self._count()
+
+    def _count(self) -> None:
+        buffers = {id(slot.buffer): slot.buffer.numel() for slot in self._slots.values()}
+        self._nbytes = sum(buffers.values())
 
     def refresh(self) -> None:
         """Copy every item from live memory anew, and wait for the device.

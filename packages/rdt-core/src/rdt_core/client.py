@@ -433,6 +433,23 @@ class CoordinatorClient:
             ),
         )
 
+    def start_read_when_published(
+        self, engine: str, rank: int, version: int, topology: str, timeout_s: float, wait_s: float
+    ) -> Callable[[], int]:
+        """Ask a lender for a lease on what it publishes within ``wait_s``; returns what waits, 0 for none."""
+        asked = (engine, rank, version, topology, timeout_s, wait_s)
+        wait = self._channel.start("begin_read_when_published", *asked)
+        return lambda: int(wait(wait_s + CALL_TIMEOUT_S))
+
+    def start_end_read(self, lease: int, version: int) -> Callable[[], None]:
+        """:meth:`end_read` without waiting; returns what waits and raises."""
+        wait = self._channel.start("end_read", lease, version)
+
+        def settle() -> None:
+            wait(CALL_TIMEOUT_S)
+
+        return settle
+
     def end_read(self, lease: int, version: int) -> None:
         """Give a lease back; raises unless the version was there all the time."""
         self._channel.call("end_read", lease, version, timeout_s=CALL_TIMEOUT_S)

@@ -42,7 +42,7 @@ from rdt_core.pacing import WITHOUT_REST, Pace
 from rdt_core.planner import build_plan
 from rdt_core.read_method import NEVER
 from rdt_core.reader_thread import ReaderThread
-from rdt_core.relay import PATIENCE_S, Relay
+from rdt_core.relay import PATIENCE_S, Relay, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -269,18 +269,16 @@ class Connection:
         if self.relay is None or not self.circle:
             pull_share(0)
         else:
-            me, count = (self.request.engine, self.engine_rank), len(self.circle)
-            own = self.circle.index(Neighbour(*me))
-            pull_share(own)
-            self.relay.publish(self.turn)
+            pull_share(self.circle.index(Neighbour(self.request.engine, self.engine_rank)))
             patience_s = PATIENCE_S + 4 * (time.perf_counter() - started)
-            # Everybody begins with the next one, so that nobody is read by all at once.
-            for share in [(own + step) % count for step in range(1, count)]:
-                left_s = min(patience_s, deadline - time.monotonic())
-                nbytes = self.relay.read(share, self.turn, left_s, before_pull, pace)
-                self.neighbours_nbytes += nbytes
-                if not nbytes:
-                    pull_share(share)
+            turn = Turn(
+                number=self.turn,
+                patience_s=patience_s,
+                deadline=deadline,
+                before_pull=before_pull,
+                pace=pace,
+            )
+            self.neighbours_nbytes = self.relay.share(turn, pull_share)
         self.landing.fill_reload_buffers()
         self.read_s = time.perf_counter() - started
 

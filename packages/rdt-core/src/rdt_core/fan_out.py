@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 AUTO, ALWAYS, NEVER = "auto", "always", "never"
 POLICIES = (AUTO, ALWAYS, NEVER)
 
-MIN_NBYTES = 256 * 2**20
+MIN_NBYTES = 2**30
 """Below this what neighbours have to say to each other takes longer than what they spare."""
 
 MAX_CIRCLE = 8

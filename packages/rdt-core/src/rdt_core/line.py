@@ -34,6 +34,7 @@ METHODS = frozenset(
     {
         "await_published",
         "begin_read",
+        "begin_read_when_published",
         "check_version",
         "drop_lease",
         "end_read",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rdt_core.errors import RdtError, TopologyChangedError
-from rdt_core.fan_out import share_bounds
+from rdt_core.fan_out import Neighbour, share_bounds
 from rdt_core.links import LinkPlan, OpenLinks, open_links
 from rdt_core.local_shards import LocalShard, LocalShards
 from rdt_core.manifest import TensorSpec
@@ -24,12 +24,12 @@ from rdt_core.region import Region
 from rdt_core.wire import manifest_from_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import torch
 
     from rdt_core.client import CoordinatorClient
-    from rdt_core.fan_out import Circle, Neighbour
+    from rdt_core.fan_out import Circle
     from rdt_core.links import Reader
     from rdt_core.pacing import Pace
 
@@ -63,6 +63,30 @@ class _Source:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One read of a circle.
+
+    Args:
+        number: grows with every round of a driver.
+        patience_s: for neighbours to have read their shares, in seconds from now.
+        deadline: of the whole read, on the monotonic clock, in seconds.
+        before_pull: called before every pull, and while one is waited for; raises for a read that is not
+            wanted any more.
+        pace: of the read.
+    """
+
+    number: int
+    patience_s: float
+    deadline: float
+    before_pull: Callable[[], None]
+    pace: Pace
+
+    def left_s(self) -> float:
+        """Seconds until the deadline, more than 0."""
+        return max(0.001, self.deadline - time.monotonic())
+
+
 class Relay:
     """Used by one reader's thread, holding the connection's lock; :meth:`close` by any.
 
@@ -84,6 +108,7 @@ class Relay:
     ) -> None:
         self._client, self._reader, self._landing = client, reader, landing
         self._key, self._piece_nbytes = key, piece_nbytes
+        self._me = Neighbour(reader.engine, reader.rank)
         self._publisher: WeightPublisher | None = None
         self._circle: Circle = ()
         self._sources: dict[int, _Source] = {}
@@ -122,7 +147,7 @@ class Relay:
         self._offer()
         bounds = share_bounds(self._landing.numel(), len(self._circle))
         for at, neighbour in enumerate(self._circle):
-            if neighbour != (self._reader.engine, self._reader.rank):
+            if neighbour != self._me:
                 self._sources[at] = self._open(neighbour, bounds[at], bounds[at + 1])
 
     def _offer(self) -> None:
@@ -135,11 +160,11 @@ class Relay:
                 owner=self._key,
             )
             offered = LocalShards(rank=0, world_size=1, shards=(shard,), locate=lambda: (landing.data_ptr(),))
-            mine = self._client.of_landing(self._reader.engine, self._reader.rank)
+            mine = self._client.of_landing(*self._me)
             self._publisher = WeightPublisher(mine, offered)
 
     def _open(self, neighbour: Neighbour, start: int, end: int) -> _Source:
-        client = self._client.of_landing(neighbour.engine, neighbour.rank)
+        client = self._client.of_landing(*neighbour)
         manifest = manifest_from_bytes(client.manifests(MEET_TIMEOUT_S)[0])
         topology = client.topology()
         if list(manifest.tensors.values()) != [TensorSpec(self._key, (self._landing.numel(),), "uint8")]:
@@ -152,7 +177,7 @@ class Relay:
         if self._piece_nbytes is not None:
             planned = planned.cut(self._piece_nbytes)
         links = open_links(self._reader, client, [manifest], {manifest.rank: planned})
-        client.join(self._reader.engine, self._reader.rank, links.describe())
+        client.join(*self._me, links.describe())
         return _Source(client=client, topology=topology, links=links, nbytes=end - start)
 
     def withdraw(self) -> None:
@@ -164,69 +189,134 @@ class Relay:
         if self._publisher is not None:
             self._publisher.release(timeout_s=_WITHDRAW_TIMEOUT_S)
 
-    def publish(self, turn: int) -> None:
-        """Let neighbours read this rank's share, which is there. Never raises: they do without."""
-        try:
-            if self._publisher is not None:
-                self._publisher.publish(turn, awaits_device=False)
-        except RdtError as error:
-            logger.warning("rank %d cannot offer what it read: %s", self._reader.rank, error)
+    def share(self, turn: Turn, pull_share: Callable[[int], None]) -> int:
+        """Offer the own share, which is there, and bring all others.
 
-    def read(self, at: int, turn: int, timeout_s: float, before_pull: Callable[[], None], pace: Pace) -> int:
-        """Read the share of the neighbour that is ``at`` this place of the circle, once it has it.
+        Args:
+            turn: of the round.
+            pull_share: brings a share, by its place in the circle, from the trainers. Called for those that
+                neighbours do not give.
 
         Returns:
-            Bytes that were read: all of the share, or 0 where the neighbour does not give it, whose share is
-            then to be read from the trainers.
+            Bytes that came from neighbours.
 
         Raises:
-            VersionError: as ``before_pull`` raises it.
+            RdtError: as ``turn.before_pull`` and ``pull_share`` raise it.
         """
+        self._publish(turn)
+        own, count = self._circle.index(self._me), len(self._circle)
+        # Everybody begins with the next one, so that nobody is read by all at once. Calls under way overlap.
+        begun = {at: self._begin(at, turn) for at in [(own + step) % count for step in range(1, count)]}
+        try:
+            ended, missing = self._pull_all(begun, turn)
+        except BaseException:
+            # A neighbour waits for those that it gave leases, before it writes again.
+            self._give_back(begun)
+            raise
+        nbytes = 0
+        for at, settle in ended.items():
+            if self._has_held(at, settle):
+                nbytes += self._sources[at].nbytes
+            else:
+                missing.append(at)
+        for at in missing:
+            pull_share(at)
+        return nbytes
+
+    def _pull_all(
+        self, begun: dict[int, Callable[[], int] | None], turn: Turn
+    ) -> tuple[dict[int, Callable[[], None]], list[int]]:
+        """Read every share as soon as it is there; what tells of each whether it held, and those in vain.
+
+        Takes what it has waited for out of ``begun``.
+        """
+        until = time.monotonic() + turn.patience_s
+        missing: list[int] = []
+        ended: dict[int, Callable[[], None]] = {}
+        while begun:
+            at = next(iter(begun))
+            turn.before_pull()
+            wait = begun.pop(at)
+            settle = None if wait is None else self._pull(at, turn, wait)
+            if settle is not None:
+                ended[at] = settle
+            elif at not in self._sources:
+                missing.append(at)
+            elif time.monotonic() > until:
+                self._do_without(at, "it has not read it in time")
+                missing.append(at)
+            else:
+                begun[at] = self._begin(at, turn)
+        return ended, missing
+
+    def _give_back(self, begun: Mapping[int, Callable[[], int] | None]) -> None:
+        for at, wait in begun.items():
+            with contextlib.suppress(RdtError):
+                lease = wait() if wait is not None else 0
+                if lease and at in self._sources:
+                    self._sources[at].client.drop_lease(lease)
+
+    def _publish(self, turn: Turn) -> None:
+        try:
+            if self._publisher is not None:
+                self._publisher.publish(turn.number, awaits_device=False)
+        except RdtError as error:
+            logger.warning("rank %d cannot offer what it read: %s", self._me.rank, error)
+
+    def _begin(self, at: int, turn: Turn) -> Callable[[], int] | None:
+        """Ask for a lease on a neighbour's share; returns what waits for it a while, for 0 in vain."""
         source = self._sources.get(at)
         if source is None:
-            return 0
-        deadline = time.monotonic() + timeout_s
+            return None
+        left_s = turn.left_s()
         try:
-            if self._await_turn(source, turn, deadline, before_pull):
-                self._pull(source, turn, deadline, before_pull, pace)
-                return source.nbytes
-            reason = "it has not read its share in time"
+            return source.client.start_read_when_published(
+                *self._me, turn.number, source.topology, left_s, min(left_s, turn.patience_s, _LOOK_S)
+            )
         except RdtError as error:
-            before_pull()
-            reason = str(error)
-        logger.info("%s: its share is read from the trainers: %s", self._circle[at], reason)
-        self._forget(self._sources.pop(at))
-        return 0
+            self._do_without(at, str(error))
+            return None
 
-    def _await_turn(
-        self, source: _Source, turn: int, deadline: float, before_pull: Callable[[], None]
-    ) -> bool:
-        while (left_s := deadline - time.monotonic()) > 0:
-            before_pull()
-            if source.client.await_published(turn, min(left_s, _LOOK_S)):
-                return True
-        return False
+    def _pull(self, at: int, turn: Turn, wait: Callable[[], int]) -> Callable[[], None] | None:
+        """Read a neighbour's share if it has it; returns what tells whether it held, None without it."""
+        try:
+            lease = wait()
+            return self._pull_under(lease, self._sources[at], turn) if lease else None
+        except RdtError as error:
+            turn.before_pull()
+            self._do_without(at, str(error))
+            return None
 
-    def _pull(
-        self, source: _Source, turn: int, deadline: float, before_pull: Callable[[], None], pace: Pace
-    ) -> None:
-        def left_s() -> float:
-            return max(0.001, deadline - time.monotonic())
-
-        engine, rank = self._reader.engine, self._reader.rank
-        lease = source.client.begin_read(engine, rank, turn, source.topology, left_s())
+    def _pull_under(self, lease: int, source: _Source, turn: Turn) -> Callable[[], None]:
         try:
             for links in source.links.by_rank.values():
                 for link in links:
-                    pace.rest(left_s())
-                    before_pull()
-                    with pace.moving():
-                        link.pull(turn, timeout_s=left_s())
+                    turn.pace.rest(turn.left_s())
+                    turn.before_pull()
+                    with turn.pace.moving():
+                        link.pull(turn.number, timeout_s=turn.left_s())
         except BaseException:
             with contextlib.suppress(RdtError):
                 source.client.drop_lease(lease)
             raise
-        source.client.end_read(lease, turn)
+        return source.client.start_end_read(lease, turn.number)
+
+    def _has_held(self, at: int, settle: Callable[[], None]) -> bool:
+        try:
+            settle()
+        except RdtError as error:
+            self._do_without(at, str(error))
+            return False
+        return True
+
+    def _do_without(self, at: int, reason: str) -> None:
+        """Until the circle meets again."""
+        logger.info(
+            "rank %d reads the share of %s from trainers: %s", self._me.rank, self._circle[at], reason
+        )
+        source = self._sources.pop(at, None)
+        if source is not None:
+            self._forget(source)
 
     def close(self) -> None:
         """Let go of the neighbours and offer nothing any more. Idempotent; waits for nobody.
@@ -255,4 +345,4 @@ class Relay:
     def _forget(self, source: _Source) -> None:
         source.links.close()
         with contextlib.suppress(RdtError):
-            source.client.leave(self._reader.engine, self._reader.rank)
+            source.client.leave(*self._me)

@@ -116,7 +116,7 @@ class WeightSync:
             arenas: ``"auto"`` has trainer ranks hold packed and cast copies of what is cheaper to read that
                 way, ``SyncReport.arena_bytes`` in all; ``"never"`` takes no memory of theirs.
             fan_out: whether engine ranks of one node that need the same read it from the trainers once, a
-                share each, and the rest from each other. ``"auto"`` where that is a gain: 256 MiB a rank and
+                share each, and the rest from each other. ``"auto"`` where that is a gain: 1 GiB a rank and
                 more, on different GPUs, or from trainers on another node; ``"always"``; ``"never"``. Does not
                 concern in-place reads.
             read_share: share of the time in which an engine rank moves bytes while it reads beside

@@ -17,10 +17,11 @@ from rdt_core.row_blocks import RowBlock
 from rdt_core.transports.cuda_driver import Kernel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
 CHUNK_BYTES = 1 << 15
 _NUM_THREADS = 512
+_SOURCE, _TARGET, _ROW_NBYTES, _NUM_ROWS, _SOURCE_PITCH, _TARGET_PITCH = range(len(RowBlock._fields))
 
 SOURCE = r"""
 template <typename Word>
@@ -114,10 +115,7 @@ class FusedCopy:
     """
 
     def __init__(self, blocks: Iterable[RowBlock], device: torch.device) -> None:
-        # Addresses are below 2**63, so that int64 holds them.
-        table = array("q", [value for chunk in cut_chunks(blocks) for value in chunk])
-        self._num_chunks = len(table) // len(RowBlock._fields)
-        self._table = torch.frombuffer(table, dtype=torch.int64).to(device) if table else None
+        self._table = cut_chunks(blocks).to(device)
         self._kernel = _kernel(device)
 
     def launch(self, stream: torch.cuda.Stream) -> None:
@@ -126,41 +124,56 @@ class FusedCopy:
         Raises:
             CudaDriverError: the device is in error.
         """
-        if self._table is not None:
+        if len(self._table):
             self._kernel.launch(
                 stream,
-                num_blocks=self._num_chunks,
+                num_blocks=len(self._table),
                 num_threads=_NUM_THREADS,
                 address=self._table.data_ptr(),
             )
 
 
-def cut_chunks(blocks: Iterable[RowBlock]) -> Iterator[RowBlock]:
-    """The same copies in pieces of at most ``CHUNK_BYTES``, one a block of the kernel."""
-    for block in blocks:
-        if block.num_rows == 1:
-            yield from _cut_row(block.source, block.target, block.row_nbytes)
-        elif block.row_nbytes > CHUNK_BYTES // 2:
-            for row in range(block.num_rows):
-                source, target = (
-                    block.source + row * block.source_pitch,
-                    block.target + row * block.target_pitch,
-                )
-                yield from _cut_row(source, target, block.row_nbytes)
-        else:
-            yield from _cut_rows(block)
+def cut_chunks(blocks: Iterable[RowBlock]) -> torch.Tensor:
+    """The same copies in pieces of at most ``CHUNK_BYTES``, one a block of the kernel.
+
+    Returns:
+        int64, on the host, of shape (pieces, 6), with the fields of :class:`RowBlock`.
+    """
+    flat = array("q", [value for block in blocks for value in block])  # addresses are below 2**63
+    if not flat:
+        return torch.empty(0, len(RowBlock._fields), dtype=torch.int64)
+    table = torch.frombuffer(flat, dtype=torch.int64).view(-1, len(RowBlock._fields))
+    is_row = table[:, _NUM_ROWS] == 1
+    is_wide = ~is_row & (table[:, _ROW_NBYTES] > CHUNK_BYTES // 2)
+    rows = torch.cat([table[is_row], _cut_rows(table[is_wide], torch.ones_like(table[is_wide, 0]))])
+    narrow = table[~is_row & ~is_wide]
+    return torch.cat([_cut_row(rows), _cut_rows(narrow, CHUNK_BYTES // narrow[:, _ROW_NBYTES].clamp(min=1))])
 
 
-def _cut_row(source: int, target: int, nbytes: int) -> Iterator[RowBlock]:
-    for at in range(0, nbytes, CHUNK_BYTES):
-        yield RowBlock(source + at, target + at, min(CHUNK_BYTES, nbytes - at))
+def _cut_row(rows: torch.Tensor) -> torch.Tensor:
+    """Single rows in pieces."""
+    pieces, number = _repeat(rows, -(-rows[:, _ROW_NBYTES] // CHUNK_BYTES))
+    at = number * CHUNK_BYTES
+    pieces[:, _SOURCE] += at
+    pieces[:, _TARGET] += at
+    pieces[:, _ROW_NBYTES] = (pieces[:, _ROW_NBYTES] - at).clamp(max=CHUNK_BYTES)
+    return pieces
 
 
-def _cut_rows(block: RowBlock) -> Iterator[RowBlock]:
-    most = CHUNK_BYTES // max(block.row_nbytes, 1)
-    for row in range(0, block.num_rows, most):
-        yield block._replace(
-            source=block.source + row * block.source_pitch,
-            target=block.target + row * block.target_pitch,
-            num_rows=min(most, block.num_rows - row),
-        )
+def _cut_rows(blocks: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
+    """Blocks in pieces of so many rows each."""
+    counts = -(-blocks[:, _NUM_ROWS] // most)
+    pieces, number = _repeat(blocks, counts)
+    most = most.repeat_interleave(counts)
+    first = number * most
+    pieces[:, _SOURCE] += first * pieces[:, _SOURCE_PITCH]
+    pieces[:, _TARGET] += first * pieces[:, _TARGET_PITCH]
+    pieces[:, _NUM_ROWS] = torch.minimum(most, pieces[:, _NUM_ROWS] - first)
+    return pieces
+
+
+def _repeat(table: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each entry so many times, and which repetition each is."""
+    repeated = table.repeat_interleave(counts, dim=0)
+    firsts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return repeated, torch.arange(len(repeated)) - firsts
