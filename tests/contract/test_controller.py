@@ -79,11 +79,14 @@ def test_engines_read_as_the_settings_say() -> None:
             made.append(WeightSync.connect(name, engines, channel=group.channel, **options))
             return made[-1]
 
-        with WeightUpdateController(replace(SETTINGS, read_share=0.5), connect=connect) as controller:
+        with WeightUpdateController(
+            replace(SETTINGS, read_share=0.5, fan_out="always"), connect=connect
+        ) as controller:
             controller.connect("p", group=group.name, inference_worker_urls=[engine])
             version = group.write_and_publish()
             controller.update_weights(version)
             assert made[0].engines[engine][0]["read_share"] == 0.5
+            assert made[0].engines[engine][0]["landing_key"]
             assert fingerprint(engine) == expected_fingerprint(version)
 
 

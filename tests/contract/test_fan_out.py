@@ -156,6 +156,20 @@ def test_engines_that_come_and_go_change_the_circle(
     assert read_from_trainers(report.ranks[0]) == report.ranks[0].read_nbytes
 
 
+def test_a_newcomer_that_borrowed_its_first_version_reads_together_soon(
+    group: LocalGroup, engines: list[str]
+) -> None:
+    with group.connect(*engines[:2], fan_out="always") as sync:
+        version = sync.update(group.write_and_publish()).version
+        for trainer in group.trainers:
+            trainer.publisher.release()
+        assert sync.add_engine(engines[2]) == version
+        reports = [sync.update(group.write_and_publish()) for _ in range(2)]
+        check(sync, reports[-1])
+        assert all(row.source == "trainers" for row in reports[-1].ranks)
+        assert bytes_from_trainers(reports[-1]) == reports[-1].ranks[0].read_nbytes
+
+
 def test_a_version_that_failed_once_is_read_together_the_second_time(
     sync: WeightSync, group: LocalGroup, engines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,11 @@ def test_a_read_share_that_is_none_is_refused(share: float) -> None:
         replace(GatewaySettings(), read_share=share)
 
 
+def test_a_fan_out_that_is_no_policy_is_refused() -> None:
+    with pytest.raises(ConfigError, match="fan_out"):
+        replace(GatewaySettings(), fan_out="sometimes")
+
+
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_a_gateway_error_survives_pickle(error: GatewayError) -> None:
     again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes

@@ -8,7 +8,7 @@ from rdt_core.errors import NotConnectedError
 from rdt_core.fan_out import Neighbour, Place
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
 MARGIN_S = 5.0
@@ -106,6 +106,12 @@ class Member:
             )
             for rank in self.ranks
         ]
+
+    def learn(self, ranks: Sequence[Mapping[str, Any]]) -> None:
+        """Take over what a commit answered: a rank that planned anew since its connect lands otherwise."""
+        landings = {rank.get("rank"): rank.get("landing_key", "") for rank in ranks}
+        for rank in self.ranks:
+            rank["landing_key"] = landings.get(rank["rank"], "")
 
     def reads_in(self, mode: str) -> bool:
         """Whether the engine has joined, and every rank is connected in this mode."""

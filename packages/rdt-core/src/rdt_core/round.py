@@ -159,6 +159,7 @@ class Round:
             timeout_s = self._options.timeout_s + MARGIN_S
             answers[member.url] = member.call("commit", payload, timeout_s)
             member.version = self._version
+            member.learn(answers[member.url]["ranks"])
 
         failed = self._on_all("commit", members, commit)
         self.abort(list(failed))

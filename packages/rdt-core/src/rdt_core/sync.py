@@ -417,10 +417,14 @@ class WeightSync:
             if not is_as_wanted:
                 member.connect(self._asked, float(self._asked["timeout_s"]))
 
+        newest = max(member.version for member in self._members.values())
+        # Who has missed a version may be gone: nobody waits for its share.
         staying = [
             member
             for member in members
-            if member.is_connected and (options.mode is None or member.reads_in(options.mode))
+            if member.is_connected
+            and member.version == newest
+            and (options.mode is None or member.reads_in(options.mode))
         ]
         circles = form_circles([place for member in staying for place in member.places])
         return Round(self._client, self._pool, members, version, options, connect, circles)

@@ -124,6 +124,10 @@ def update(  # noqa: PLR0913, PLR0917  one argument an option of the command lin
     commit_policy: Annotated[
         str, typer.Option(metavar="WORD", help="group: all engines or none; engine: each for itself.")
     ] = "group",
+    fan_out: Annotated[
+        str,
+        typer.Option(metavar="WORD", help="auto, always or never: engines of one node read together."),
+    ] = "auto",
     read_share: Annotated[
         float, typer.Option(metavar="X", help="Of the time in which a read moves bytes; below 1 it rests.")
     ] = 1.0,
@@ -156,6 +160,7 @@ def update(  # noqa: PLR0913, PLR0917  one argument an option of the command lin
             api_key=key,
             transport=transport,
             commit_policy=commit_policy,
+            fan_out=fan_out,
             read_share=read_share,
             timeout_s=timeout_s,
         ) as sync:

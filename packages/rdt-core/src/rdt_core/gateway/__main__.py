@@ -66,6 +66,7 @@ def settings_of(args: argparse.Namespace) -> GatewaySettings:
         group=args.group,
         transport=args.transport,
         commit_policy=args.commit_policy,
+        fan_out=args.fan_out,
         read_share=args.read_share,
         engine_api_key=settings.read_key(settings.ENGINE_API_KEY),
         trainer_api_key=settings.read_key(settings.TRAINER_API_KEY),
@@ -94,6 +95,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--commit-policy",
         default="group",
         help="group: all engines of a pair or none; engine: each for itself (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fan-out",
+        default="auto",
+        help="auto, always or never: engine ranks of one node that need the same read it once, together "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--read-share",

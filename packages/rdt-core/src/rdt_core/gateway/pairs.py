@@ -143,6 +143,7 @@ class Pairs:
             "api_key": self._settings.engine_api_key or None,
             "transport": self._settings.transport,
             "commit_policy": self._settings.commit_policy,
+            "fan_out": self._settings.fan_out,
             "read_share": self._settings.read_share,
             "timeout_s": timeout_s,
             "observers": (*self._observers, notes),

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from rdt_core import choice
 from rdt_core.errors import ConfigError
+from rdt_core.fan_out import AUTO as AUTO_FAN_OUT
+from rdt_core.fan_out import check_policy
 from rdt_core.pacing import WITHOUT_REST, check_read_share
 
 DEFAULT_KEYS = frozenset({"areal-admin-key", "admin", "changeme", "secret", "password"})
@@ -28,6 +30,7 @@ class GatewaySettings:
         group: the sync group of a ``/connect`` that names neither a group nor trainer workers.
         transport: for every link; by default each link chooses.
         commit_policy: ``"group"``, all engines of a pair or none; ``"engine"``, each for itself.
+        fan_out: whether engines of one node read together, see :mod:`rdt_core.fan_out`.
         read_share: of the time in which an engine rank moves bytes while it reads, see
             :mod:`rdt_core.pacing`.
         engine_api_key: of the engine servers.
@@ -48,6 +51,7 @@ class GatewaySettings:
     group: str = ""
     transport: str = choice.AUTO
     commit_policy: str = "group"
+    fan_out: str = AUTO_FAN_OUT
     read_share: float = WITHOUT_REST
     engine_api_key: str = field(default="", repr=False)
     trainer_api_key: str = field(default="", repr=False)
@@ -69,6 +73,7 @@ class GatewaySettings:
                 f"commit_policy {self.commit_policy!r} is none of {', '.join(COMMIT_POLICIES)}. Leave it out "
                 "for all engines of a pair or none."
             )
+        check_policy(self.fan_out)
         check_read_share(self.read_share)
         for name in ("init_timeout_s", "update_timeout_s", "max_body_bytes", "max_store_bytes"):
             if getattr(self, name) <= 0:

@@ -96,8 +96,10 @@ class CudaIpcExport:
 
     def __init__(self, views: Sequence[torch.Tensor], device: torch.device) -> None:
         self._views = tuple(views)
-        storages = {view.untyped_storage().data_ptr(): view.untyped_storage() for view in views}
-        self._storages = tuple((storage, address, storage.nbytes()) for address, storage in storages.items())
+        self._storages = tuple(
+            {view.untyped_storage().data_ptr(): view.untyped_storage() for view in views}.values()
+        )
+        self._places = _places(self._storages)
         with torch.cuda.device(device):
             # Whatever was written before a reader came is there; later writes are publish's to wait for.
             torch.cuda.synchronize()
@@ -113,17 +115,18 @@ class CudaIpcExport:
 
     def refresh(self, version: int) -> None:
         """Nothing to copy; refuses memory that was freed while it was exported, which readers still map."""
-        for storage, address, nbytes in self._storages:
-            if (storage.data_ptr(), storage.nbytes()) != (address, nbytes):
-                raise TransportError(
-                    f"{nbytes} bytes that engines read by CUDA IPC were freed or resized before version "
-                    f"{version}. Keep parameters where they were at attach, or attach again."
-                )
+        found = _places(self._storages)
+        if found != self._places:
+            moved = next(before for before, now in zip(self._places, found, strict=True) if before != now)
+            raise TransportError(
+                f"{moved[1]} bytes that engines read by CUDA IPC were freed or resized before version "
+                f"{version}. Keep parameters where they were at attach, or attach again."
+            )
 
     def close(self) -> None:
         """Break the reader's lifeline and let the memory go."""
         self._anchor.close()
-        self._views = self._storages = ()
+        self._views = self._storages = self._places = ()
 
 
 class CudaIpcLink:
@@ -256,6 +259,12 @@ class CudaIpcTransport:
                 f"{len(offered)} ranges, {sum(offered)} bytes. Both sides must replay the same plan."
             )
         return CudaIpcLink(parsed, targets, _device_of(targets), trainer_rank)
+
+
+def _places(storages: Sequence[torch.UntypedStorage]) -> tuple[tuple[int, int], ...]:
+    """Address and bytes of each, by as little as that takes: every publish asks for thousands."""
+    addresses = map(torch.UntypedStorage.data_ptr, storages)
+    return tuple(zip(addresses, map(torch.UntypedStorage.nbytes, storages), strict=True))
 
 
 def _device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
