@@ -7,13 +7,14 @@ import pytest
 
 PURE = (
     "rdt_core",
-    "rdt_core.cli.app",
     "rdt_core.arena",
     "rdt_core.choice",
+    "rdt_core.cli.app",
     "rdt_core.coverage",
     "rdt_core.direct",
     "rdt_core.dtypes",
     "rdt_core.errors",
+    "rdt_core.fan_out",
     "rdt_core.layout",
     "rdt_core.lifecycle",
     "rdt_core.lowering",
@@ -28,6 +29,7 @@ PURE = (
     "rdt_core.read_method",
     "rdt_core.recording",
     "rdt_core.region",
+    "rdt_core.row_blocks",
     "rdt_core.simulator.predict",
     "rdt_core.sources",
     "rdt_core.transports.pieces",

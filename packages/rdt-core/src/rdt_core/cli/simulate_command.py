@@ -245,7 +245,9 @@ def _show(
             for case in (main, *others)
         ],
     )
-    print_lines("This version's engines read without fan-out.")
+    print_lines(
+        "Fan-out is predicted for all that a node's ranks share; engines do it for ranks that land alike."
+    )
 
 
 def _standing(found: Prediction) -> str:
