@@ -93,7 +93,7 @@ def test_the_coordinator_keeps_the_last_syncs_and_the_rows_of_the_last_completed
         ("failed", first + 2),
     ]
     assert ["ranks" in sync for sync in kept] == [False, True, False]
-    assert kept[1]["ranks"][0]["links"][1]["trainer_rank"] == 1
+    assert sorted(link["trainer_rank"] for link in kept[1]["ranks"][0]["links"]) == [0, 1]
 
 
 def test_the_coordinator_keeps_no_more_than_it_promises() -> None:

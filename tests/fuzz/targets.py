@@ -26,7 +26,7 @@ from tests.fuzz.inputs import damage, damage_values, plain_values, seeds
 from tests.unit.worlds_by_hand import around, box, dense_shard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from rdt_core.manifest import Manifest
 
@@ -148,6 +148,13 @@ CALL_FIELDS: dict[str, tuple[object, ...]] = {
 }
 """What a call of each of the line's methods looks like."""
 
+LENT_CALLS: tuple[tuple[object, ...], ...] = (
+    ("a", "begin_read_when_published", "b", 0, 1, "", 1.0, 0.0),
+    ("a", "end_read", 1, 1),
+    ("a", "publish", 0, "i", 1, 0),
+)
+"""What calls of methods at what an engine lends look like."""
+
 
 class _LineTarget:
     """The coordinator's end of its line, with a trainer rank and an engine rank in the group."""
@@ -172,6 +179,7 @@ class _LineTarget:
 
 def _damaged_calls() -> st.SearchStrategy[bytes]:
     whole = [pack([method, list(args), ""]) for method, args in CALL_FIELDS.items()]
+    whole += [pack(["of_lender", list(args), ""]) for args in LENT_CALLS]
     deep = st.integers(1, 3_000).map(_nested)
     return st.builds(damage, st.sampled_from(whole), seeds) | st.binary(max_size=100) | deep
 
@@ -185,12 +193,12 @@ def _nested(depth: int) -> bytes:
 
 
 def _wrong_calls() -> st.SearchStrategy[bytes]:
-    def one(method: str) -> st.SearchStrategy[bytes]:
-        right = CALL_FIELDS[method]
+    def one(method: str, right: Sequence[object]) -> st.SearchStrategy[bytes]:
         args = st.tuples(*(st.just(value) | plain_values for value in right)).map(list)
         return st.builds(lambda given: pack([method, given, ""]), args | st.lists(plain_values, max_size=6))
 
-    return st.one_of([one(method) for method in sorted(METHODS)])
+    lent = [one("of_lender", args) for args in LENT_CALLS]
+    return st.one_of([*(one(method, CALL_FIELDS[method]) for method in sorted(METHODS)), *lent])
 
 
 def _wrong_errors() -> st.SearchStrategy[Any]:

@@ -34,7 +34,6 @@ METHODS = frozenset(
     {
         "await_published",
         "begin_read",
-        "begin_read_when_published",
         "check_version",
         "drop_lease",
         "end_read",
@@ -49,15 +48,16 @@ METHODS = frozenset(
 """What may be called here: the coordinator's methods of plain values that lie on the way of a sync."""
 
 _OF_LENDER = "of_lender"
+_OF_LENDER_METHODS = METHODS | {"begin_read_when_published"}
 
 
 def is_taken(method: Any, args: Sequence[object]) -> bool:
-    """Whether a call may come here: a method of ``METHODS``, or of them at what an engine lends.
+    """Whether a call may come here: a method of ``METHODS``, or one of those at what an engine lends.
 
     See :meth:`rdt_core.peers.GroupCoordinator.of_lender`.
     """
     if method == _OF_LENDER:
-        return len(args) > 1 and args[1] in METHODS
+        return len(args) > 1 and args[1] in _OF_LENDER_METHODS
     return method in METHODS
 
 
