@@ -257,3 +257,17 @@ def test_commits_of_one_server_take_turns(client: RecordingClient) -> None:
 
     asyncio.run(commit_twice())
     assert client.calls == ["pause:keep:False", "rdt_call:commit", "label", "resume"] * 2
+
+
+def test_a_commit_does_not_wait_for_a_core_that_has_ended(client: RecordingClient) -> None:
+    from rdt_vllm import compat
+
+    async def never_answer(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def commit() -> None:
+        vars(client).update(engine_core=SimpleNamespace(call_utility_async=never_answer), is_stopped=True)
+        await compat.flip_in_core(client, {"version": 1}, was_torn=False)
+
+    with pytest.raises(compat.dead_engine_error()):
+        asyncio.run(asyncio.wait_for(commit(), 30))

@@ -6,6 +6,7 @@ backend is ``rdt``; without it they do what vLLM does.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import time
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from fastapi import APIRouter
 
 BACKEND = "rdt"
+
+_LOOK_S = 1.0
+"""How often a commit looks whether the core that carries it out is still there."""
 
 # entrypoints/rl/online/api_router.py since 0.30; entrypoints/serve/rlhf/api_router.py before;
 # entrypoints/serve/dev/rlhf/api_router.py in 0.26.
@@ -149,8 +153,20 @@ async def flip_in_core(client: Any, payload: dict[str, Any], *, was_torn: bool) 
     Returns:
         ``{"ranks": one answer a rank, "is_cache_dropped", "was_paused", "stall_s"}``. Unless all ranks have
         committed, generation is still held.
+
+    Raises:
+        EngineDeadError: vLLM's; the core has ended. vLLM itself would wait for its answer for ever
+            (v1/engine/core_client.py, call_utility_async, 0.26 to 0.32), and a server that is told to end
+            waits for its requests.
     """
-    answer: dict[str, Any] = await client.engine_core.call_utility_async("rdt_flip", payload, was_torn)
+    flip = asyncio.ensure_future(client.engine_core.call_utility_async("rdt_flip", payload, was_torn))
+    try:
+        while not (await asyncio.wait({flip}, timeout=_LOOK_S))[0]:
+            if client.is_stopped:
+                raise dead_engine_error()
+        answer: dict[str, Any] = flip.result()
+    finally:
+        flip.cancel()
     return answer
 
 
