@@ -166,13 +166,19 @@ class Connection:
         self._check_source(version)
         self.source.check_version(version, self.topology)
 
-    def gather(self, circle: Circle, turn: int) -> None:
+    def gather(self, circle: Circle, turn: int, check_wanted: Callable[[], None]) -> None:
         """Make ready to read together with a circle, or alone for an empty one; holding ``lock``.
 
         Called by the reader's thread before it waits for a version. Nobody reads the landing memory then.
         Blocks for a second where the circle is new. A circle that cannot be met costs a warning only.
 
+        Args:
+            circle: of this rank.
+            turn: see :mod:`rdt_core.relay`.
+            check_wanted: called while others are waited for; raises for a read that is not wanted any more.
+
         Raises:
+            VersionError: as ``check_wanted`` raises it.
             SessionError, DeadlineError: the coordinator does not answer.
         """
         key = str(self.info.get("landing_key", ""))
@@ -182,7 +188,7 @@ class Connection:
         if self.relay is None:
             return
         self.relay.withdraw()
-        circle, self.turn = circle if self.relay.meet(circle) else (), turn
+        circle, self.turn = circle if self.relay.meet(circle, check_wanted) else (), turn
         if len(circle) == len(self.circle) or self._cut_links(max(1, len(circle))):
             self.circle = circle
 
@@ -193,7 +199,10 @@ class Connection:
         # Until they are open again a read has to plan anew, as for trainers that were replaced.
         topology, self.topology = self.topology, _NONE
         try:
-            self._open_links(meet_trainers(self.client, self.request.timeout_s).manifests, num_shares)
+            found = meet_trainers(self.client, self.request.timeout_s)
+            if found.topology != topology:
+                return False
+            self._open_links(found.manifests, num_shares)
         except RdtError as error:
             logger.warning("rank %d plans again: %s", self.engine_rank, error)
             return False

@@ -11,10 +11,10 @@ import contextlib
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from rdt_core.errors import RdtError, TopologyChangedError
+from rdt_core.errors import MissingTrainerRankError, RdtError, TopologyChangedError
 from rdt_core.fan_out import Neighbour, share_bounds
 from rdt_core.links import LinkPlan, OpenLinks, open_links
 from rdt_core.local_shards import LocalShard, LocalShards
@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from rdt_core.client import CoordinatorClient
     from rdt_core.fan_out import Circle
     from rdt_core.links import Reader
+    from rdt_core.manifest import Manifest
     from rdt_core.pacing import Pace
 
 logger = logging.getLogger(__name__)
 
-MEET_TIMEOUT_S = 10.0
-"""How long a rank waits for the others of a new circle, beside generation."""
+MEET_TIMEOUT_S = 5.0
+"""How long a rank waits for each other of a new circle, beside generation."""
 
 PATIENCE_S = 2.0
 """How long a rank waits for a neighbour's share, on top of four times what its own took."""
@@ -109,16 +110,24 @@ class Relay:
         self._client, self._reader, self._landing = client, reader, landing
         self._key, self._piece_nbytes = key, piece_nbytes
         self._me = Neighbour(reader.engine, reader.rank)
+        self._spec = TensorSpec(key, (landing.numel(),), "uint8")
         self._publisher: WeightPublisher | None = None
         self._circle: Circle = ()
         self._sources: dict[int, _Source] = {}
         self._meetings_left = _MAX_MEETINGS
 
-    def meet(self, circle: Circle) -> bool:
+    def meet(self, circle: Circle, check_wanted: Callable[[], None]) -> bool:
         """Open links to the neighbours of a circle that differs from the last, or lost one since.
+
+        Args:
+            circle: this rank's; empty for none.
+            check_wanted: called while others are waited for; raises for a read that is not wanted any more.
 
         Returns:
             Whether they can be read. A circle that failed three times is not tried again.
+
+        Raises:
+            VersionError: as ``check_wanted`` raises it.
         """
         if circle != self._circle:
             self._circle, self._meetings_left = circle, _MAX_MEETINGS
@@ -132,8 +141,9 @@ class Relay:
         self._meetings_left -= 1
         self._part()
         try:
-            self._meet()
+            self._meet(check_wanted)
         except RdtError as error:
+            check_wanted()
             logger.warning(
                 "rank %d of %s reads all from the trainers, without its neighbours on this node: %s",
                 self._reader.rank,
@@ -143,32 +153,30 @@ class Relay:
             self._part()
         return bool(self._sources)
 
-    def _meet(self) -> None:
+    def _meet(self, check_wanted: Callable[[], None]) -> None:
         self._offer()
         bounds = share_bounds(self._landing.numel(), len(self._circle))
         for at, neighbour in enumerate(self._circle):
             if neighbour != self._me:
-                self._sources[at] = self._open(neighbour, bounds[at], bounds[at + 1])
+                client = self._client.of_landing(*neighbour)
+                manifest = _await_manifest(client, check_wanted)
+                if list(manifest.tensors.values()) != [self._spec]:
+                    raise TopologyChangedError(neighbour.engine, f"rank {neighbour.rank} lands other bytes")
+                self._sources[at] = self._open(client, manifest, bounds[at], bounds[at + 1])
 
     def _offer(self) -> None:
         if self._publisher is None:
-            landing, nbytes = self._landing, self._landing.numel()
+            landing = self._landing
             shard = LocalShard(
-                spec=TensorSpec(self._key, (nbytes,), "uint8"),
-                region=Region.whole((nbytes,)),
-                data=landing,
-                owner=self._key,
+                spec=self._spec, region=Region.whole(self._spec.shape), data=landing, owner=self._key
             )
             offered = LocalShards(rank=0, world_size=1, shards=(shard,), locate=lambda: (landing.data_ptr(),))
             mine = self._client.of_landing(*self._me)
             self._publisher = WeightPublisher(mine, offered)
 
-    def _open(self, neighbour: Neighbour, start: int, end: int) -> _Source:
-        client = self._client.of_landing(*neighbour)
-        manifest = manifest_from_bytes(client.manifests(MEET_TIMEOUT_S)[0])
+    def _open(self, client: CoordinatorClient, manifest: Manifest, start: int, end: int) -> _Source:
+        """Links to a neighbour's share, which is these bytes of the landing memory."""
         topology = client.topology()
-        if list(manifest.tensors.values()) != [TensorSpec(self._key, (self._landing.numel(),), "uint8")]:
-            raise TopologyChangedError(neighbour.engine, f"rank {neighbour.rank} lands other bytes")
         (shard,) = manifest.shards
         planned = LinkPlan(
             ranges=[(shard.window, shard.offset_bytes + start, end - start)],
@@ -176,7 +184,8 @@ class Relay:
         )
         if self._piece_nbytes is not None:
             planned = planned.cut(self._piece_nbytes)
-        links = open_links(self._reader, client, [manifest], {manifest.rank: planned})
+        reader = replace(self._reader, timeout_s=min(self._reader.timeout_s, MEET_TIMEOUT_S))
+        links = open_links(reader, client, [manifest], {manifest.rank: planned})
         client.join(*self._me, links.describe())
         return _Source(client=client, topology=topology, links=links, nbytes=end - start)
 
@@ -346,3 +355,15 @@ class Relay:
         source.links.close()
         with contextlib.suppress(RdtError):
             source.client.leave(*self._me)
+
+
+def _await_manifest(client: CoordinatorClient, check_wanted: Callable[[], None]) -> Manifest:
+    """A neighbour's offer, once it makes one."""
+    deadline = time.monotonic() + MEET_TIMEOUT_S
+    while True:
+        check_wanted()
+        try:
+            return manifest_from_bytes(client.manifests(_LOOK_S)[0])
+        except MissingTrainerRankError:
+            if time.monotonic() > deadline:
+                raise

@@ -140,7 +140,7 @@ class WeightSubscriber:
         """
         attempt = self._life.begin_read(version)
         connection = self._connected("prepare")
-        self._gather(connection, attempt, (), 0)
+        self._gather(connection, attempt, version, (), 0)
         self._read(connection, attempt, version, timeout_s, verify)
         return {"version": version, "prepare_s": connection.read_s}
 
@@ -184,7 +184,7 @@ class WeightSubscriber:
 
         def read_and_report() -> None:
             try:
-                self._gather(connection, number, circle, turn)
+                self._gather(connection, number, version, circle, turn)
                 if awaits_publication:
                     self._await_publication(connection, number, version, timeout_s)
                 self._read(connection, number, version, timeout_s, verify)
@@ -218,11 +218,11 @@ class WeightSubscriber:
         finally:
             self._is_awaiting = False
 
-    def _gather(self, connection: Connection, attempt: int, circle: Circle, turn: int) -> None:
+    def _gather(self, connection: Connection, attempt: int, version: int, circle: Circle, turn: int) -> None:
         """With whom the read that follows is shared; nobody for an empty circle."""
         try:
             with connection.lock:
-                connection.gather(circle, turn)
+                connection.gather(circle, turn, lambda: self._life.check_wanted(attempt, version))
         except BaseException:
             self._life.fail_read(attempt)
             raise
