@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from rdt_core import relay
+from rdt_core import connection, relay
 from rdt_core.errors import RdtError, UpdateFailedError
 from tests.local_group import LocalGroup, local_group
 
@@ -220,3 +220,20 @@ def test_a_coordinator_that_was_restarted_breaks_no_circle_for_good(
     reports = [sync.update(group.write_and_publish()) for _ in range(4)]
     check(sync, reports[-1])
     assert bytes_from_trainers(reports[-1]) == reports[-1].ranks[0].read_nbytes
+
+
+def test_links_that_are_closed_are_an_error_and_no_empty_read(sync: WeightSync, group: LocalGroup) -> None:
+    version = sync.update(group.write_and_publish()).version
+    close = connection.Connection._cut_links
+
+    def close_for_good(self: connection.Connection, num_shares: int) -> bool:
+        are_open = close(self, num_shares)
+        self.links.close()
+        return are_open
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection.Connection, "_cut_links", close_for_good)
+        sync.remove_engine(next(iter(sync.engines)))
+        with pytest.raises(UpdateFailedError, match="links to the trainers are closed"):
+            sync.update(group.write_and_publish())
+    assert sync.version == version

@@ -23,6 +23,7 @@ from rdt_core.errors import (
     RdtError,
     TopologyChangedError,
     TornReadError,
+    TransportError,
 )
 from rdt_core.fan_out import Neighbour
 from rdt_core.free_memory import measure_free_bytes, measure_host_share
@@ -295,6 +296,8 @@ class Connection:
         self, share: int, version: int, deadline: float, before_pull: Callable[[], None], pace: Pace
     ) -> None:
         """One share from the trainers, all of it where the rank reads alone."""
+        if self.links.by_rank.keys() != self.planned.by_rank.keys():
+            raise TransportError("this engine's links to the trainers are closed. Connect it again.")
         for trainer_rank, links in self.links.by_rank.items():
             nbytes, num_reads = self.planned.sizes[trainer_rank][share]
             use = self.link_uses.setdefault(trainer_rank, LinkUse(time.time()))

@@ -124,7 +124,7 @@ class Relay:
             check_wanted: called while others are waited for; raises for a read that is not wanted any more.
 
         Returns:
-            Whether they can be read. A circle that failed three times is not tried again.
+            Whether they can be read. A circle that failed three times in a row is not tried again.
 
         Raises:
             VersionError: as ``check_wanted`` raises it.
@@ -143,14 +143,18 @@ class Relay:
         try:
             self._meet(check_wanted)
         except RdtError as error:
-            check_wanted()
+            self._part()
+            try:
+                check_wanted()
+            except RdtError:
+                self._meetings_left += 1  # it was the driver that gave up
+                raise
             logger.warning(
                 "rank %d of %s reads all from the trainers, without its neighbours on this node: %s",
                 self._reader.rank,
                 self._reader.engine,
                 error,
             )
-            self._part()
         return bool(self._sources)
 
     def _meet(self, check_wanted: Callable[[], None]) -> None:
@@ -230,6 +234,8 @@ class Relay:
                 missing.append(at)
         for at in missing:
             pull_share(at)
+        if not missing:
+            self._meetings_left = _MAX_MEETINGS
         return nbytes
 
     def _pull_all(
