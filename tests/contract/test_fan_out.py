@@ -11,13 +11,15 @@ import pytest
 
 from rdt_core import connection, relay
 from rdt_core.errors import RdtError, UpdateFailedError
-from tests.local_group import LocalGroup, local_group
+from tests.local_group import LocalGroup, local_group, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rdt_core.report import RankReport, SyncReport
     from rdt_core.sync import WeightSync
+
+WAIT_S = 30.0
 
 
 @pytest.fixture
@@ -190,6 +192,46 @@ def test_a_version_that_failed_once_is_read_together_the_second_time(
         check(sync, report)
         assert bytes_from_trainers(report) == report.ranks[0].read_nbytes
     assert sync.verify().bytes_equal
+
+
+def test_landing_memory_is_not_written_while_a_neighbour_reads_it(
+    sync: WeightSync, group: LocalGroup, engines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync.update(group.write_and_publish())
+    is_in_mid_read, may_go_on = threading.Event(), threading.Event()
+    pull = relay.Relay._pull_under
+
+    def stand_still(self: relay.Relay, lease: int, source: Any, turn: relay.Turn) -> Any:
+        if self._reader.engine == engines[1] and not is_in_mid_read.is_set():
+            is_in_mid_read.set()
+            assert may_go_on.wait(WAIT_S)
+        return pull(self, lease, source, turn)
+
+    def state() -> str:
+        return str(httpx.get(f"{engines[2]}/rdt/status", timeout=WAIT_S).json()["ranks"][0]["state"])
+
+    def update(version: int) -> None:
+        with contextlib.suppress(UpdateFailedError):
+            sync.update(version)
+
+    monkeypatch.setattr(relay.Relay, "_pull_under", stand_still)
+    updating = threading.Thread(target=update, args=(group.write_and_publish(),))
+    updating.start()
+    # The second engine begins with what the third has landed.
+    assert is_in_mid_read.wait(WAIT_S)
+    wait_for(lambda: state() == "prepared", WAIT_S)
+    following = group.write_and_publish()
+    # Another driver has the third engine read the next version.
+    asked = {"version": following, "attempt": "another's", "timeout_s": WAIT_S}
+    httpx.post(f"{engines[2]}/rdt/prepare", json=asked, timeout=WAIT_S).raise_for_status()
+    with pytest.raises(TimeoutError):
+        wait_for(lambda: state() == "prepared", 1.0)
+    assert state() == "reading"
+    may_go_on.set()
+    # The first driver, whose version is superseded, may have all engines forget what they read.
+    wait_for(lambda: state() != "reading", WAIT_S)
+    updating.join(WAIT_S)
+    check(sync, sync.update(following))
 
 
 def test_reads_that_rest_are_shared_too(
