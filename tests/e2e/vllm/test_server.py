@@ -107,6 +107,26 @@ def test_after_every_sync_the_server_answers_as_one_that_loaded_those_weights(
     assert answers_of(1) != answers_of(2)
 
 
+def test_two_servers_on_one_node_read_every_byte_from_the_trainer_once(
+    server: Server, trainer: Trainer, checkpoint: Callable[[str, int], Path], request: pytest.FixtureRequest
+) -> None:
+    if request.node.callspec.params["server"] != 1:
+        pytest.skip("one size of engine is enough: the other's ranks form two circles of the same kind")
+    flags = ["--weight-sync", "rdt", "-tp", "1", "--enable-scale-out", "--dtype", "float32"]
+    with serve(checkpoint(FAMILY, 0), *flags) as other:
+        urls = [server.url, other.url]
+        with WeightSync.connect(trainer.group, urls, api_key=API_KEY, fan_out="always") as sync:
+            for version, seed in enumerate((1, 2), start=next_version(server)):
+                trainer.publish(checkpoint(FAMILY, seed), version)
+                report = sync.update(version=version)
+                assert sync.verify().bytes_equal
+                assert ask_all(server) == ask_all(other)
+                nbytes = [sum(link.nbytes for link in row.links) for row in report.ranks]
+                assert all(nbytes)
+                assert sum(nbytes) == report.ranks[0].read_nbytes
+                assert sum(row.neighbours_nbytes for row in report.ranks) > 0
+
+
 def test_requests_in_flight_survive_a_commit(
     server: Server, trainer: Trainer, checkpoint: Callable[[str, int], Path]
 ) -> None:
