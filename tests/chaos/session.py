@@ -183,7 +183,9 @@ class Session:
             for member in old._members.values():
                 member.close()
         urls = [engine.url for engine in self._engines if engine.is_alive and engine.is_ready()]
-        self._sync = WeightSync.connect(GROUP, urls, mode=self._mode, timeout_s=CONNECT_TIMEOUT_S)
+        # Engines of one kind land alike, and read together.
+        options: dict[str, Any] = {"mode": self._mode, "fan_out": "always"}
+        self._sync = WeightSync.connect(GROUP, urls, timeout_s=CONNECT_TIMEOUT_S, **options)
 
     def _tend_engines(self) -> None:
         """Part with engines that died, start others, and take up those that are ready and no members."""
