@@ -12,6 +12,9 @@ import pytest
 
 from rdt_sglang.compat import StageGate
 
+# SGLang and what it imports warn of this and that while they are imported.
+pytestmark = pytest.mark.filterwarnings("default")
+
 
 def make_scheduler(*held: int) -> Any:
     """As much of a stage as a gate sees: how many requests each slot holds of a prefill that has come out."""
@@ -21,6 +24,7 @@ def make_scheduler(*held: int) -> Any:
     return SimpleNamespace(
         last_mbs=batches,
         pp_loop_size=len(batches),
+        last_batch=None,
         _engine_paused=False,
         get_next_batch_to_run=lambda **_: "the next one",
         maybe_sleep_on_idle=lambda: None,
@@ -45,3 +49,25 @@ def test_a_stage_behind_a_closed_gate_that_holds_nothing_is_idle() -> None:
     scheduler = make_scheduler(0, -1)
     StageGate(scheduler).drain(lambda: None)
     assert scheduler.is_fully_idle(for_health_check=True)
+
+
+@pytest.mark.parametrize("is_paused", [True, False])
+def test_a_stage_is_not_idle_before_every_slot_has_had_its_turn_at_the_open_gate(is_paused: bool) -> None:
+    scheduler = make_scheduler(4, -1)
+    gate = StageGate(scheduler)
+
+    def plan() -> Any:
+        return scheduler.get_next_batch_to_run(running_batch=None, last_batch=None)
+
+    if is_paused:
+        scheduler._engine_paused = True
+        assert plan().batch_to_run is None
+        scheduler._engine_paused = False
+    else:
+        gate.drain(lambda: None)
+        assert [plan().batch_to_run for _ in scheduler.last_mbs] == [None, None]
+    # The gate opens at the second slot, whose turn it is. The first has not moved its requests on yet.
+    assert plan() == "the next one"
+    assert not scheduler.is_fully_idle()
+    assert plan() == "the next one"
+    assert scheduler.is_fully_idle()

@@ -28,6 +28,7 @@ def test_after_every_sync_the_server_answers_as_one_that_loaded_those_weights(
     trainer: Trainer,
     family: str,
     checkpoint: Callable[[str, int], Path],
+    request: pytest.FixtureRequest,
 ) -> None:
     seen: dict[int, list[list[int]]] = {}
     with connect(server, trainer) as sync:
@@ -40,6 +41,9 @@ def test_after_every_sync_the_server_answers_as_one_that_loaded_those_weights(
             assert 0 < report.commit_s <= report.stall_s
             assert sync.verify().bytes_equal
             assert server.get("/model_info").json()["weight_version"] == str(version)
+            # Data-parallel ranks read together.
+            has_neighbours = any(row.neighbours_nbytes for row in report.ranks)
+            assert has_neighbours == ("dp2" in request.node.name)
     assert seen[0] != seen[1]
 
 

@@ -81,6 +81,7 @@ class StageGate:
         self._next_batch = scheduler.get_next_batch_to_run
         self._when_empty: Callable[[], None] | None = None
         self._turns_left = 0
+        self._slots_unplanned = 0
         self._sleep = scheduler.maybe_sleep_on_idle
         self._is_idle = scheduler.is_fully_idle
         scheduler.get_next_batch_to_run = self._plan
@@ -106,12 +107,13 @@ class StageGate:
         """Whether no request holds memory; asked by SGLang before it looks for leaks, which would end it.
 
         Behind a closed gate a slot keeps the requests of a prefill that has come out in ``last_mbs``, where
-        SGLang looks at one slot only: it moves them on when the slot's next micro-batch is planned.
+        SGLang looks at one slot only: it moves them on when the slot's next micro-batch is planned. That is
+        so until every slot has had its turn at the open gate.
 
         Source: managers/scheduler.py, is_fully_idle and on_idle (0.5.23).
         """
         is_closed = self.is_draining or self._scheduler._engine_paused
-        if is_closed and any(
+        if (is_closed or self._slots_unplanned) and any(
             batch is not None and not batch.is_empty() for batch in self._scheduler.last_mbs
         ):
             return False
@@ -123,6 +125,7 @@ class StageGate:
 
         nothing = NextBatchPlan(batch_to_run=None, running_batch=running_batch)
         if self._when_empty is not None:
+            self._slots_unplanned = int(self._scheduler.pp_loop_size)
             if self._turns_left:
                 self._turns_left -= 1
                 return nothing
@@ -130,7 +133,9 @@ class StageGate:
             then()
             last_batch = self._scheduler.last_batch
         if self._scheduler._engine_paused:
+            self._slots_unplanned = int(self._scheduler.pp_loop_size)
             return nothing
+        self._slots_unplanned = max(0, self._slots_unplanned - 1)
         return self._next_batch(running_batch=running_batch, last_batch=last_batch)
 
 
