@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from rdt_core import connection, relay
-from rdt_core.errors import RdtError, UpdateFailedError
+from rdt_core.engine_rpc import parse_connect
+from rdt_core.errors import RdtError, UpdateFailedError, WireFormatError
 from tests.local_group import LocalGroup, local_group, wait_for
 
 if TYPE_CHECKING:
@@ -279,3 +280,8 @@ def test_links_that_are_closed_are_an_error_and_no_empty_read(sync: WeightSync, 
         with pytest.raises(UpdateFailedError, match="links to the trainers are closed"):
             sync.update(group.write_and_publish())
     assert sync.version == version
+
+
+def test_a_policy_that_there_is_not_is_refused_by_an_engine() -> None:
+    with pytest.raises(WireFormatError, match="'sometimes'"):
+        parse_connect({"group": "g", "engine": "e", "fan_out": "sometimes"})

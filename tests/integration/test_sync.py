@@ -37,15 +37,12 @@ from rdt_core.errors import (
     WindowMovedError,
 )
 from tests.contract.world import expected_fingerprint
-from tests.integration.conftest import toy_engine
 from tests.integration.toy_trainer import HIDDEN, SHAPES, kill_process, start_trainers, values_of
 from tests.published import wait_known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-
-    from rdt_core.report import SyncReport
 
 TIMEOUT_S = 120.0
 BAD_INPUT_DEADLINE_S = 10.0
@@ -177,35 +174,6 @@ def test_two_engines_of_different_dtype_follow_one_publish(
             # The bf16 engine alone reads arenas, and half of the bytes.
             wide, thin = (next(row for row in report.ranks if row.engine == url) for url in (engine, narrow))
             assert report.arena_bytes == thin.nbytes == wide.nbytes // 2
-
-
-def test_engines_read_together_and_one_that_is_killed_costs_the_others_nothing(
-    trainers: Trainers, start_toy_engine: Callable[..., str]
-) -> None:
-    mortal = contextlib.ExitStack()
-    urls = [mortal.enter_context(toy_engine()), *(start_toy_engine() for _ in range(2))]
-
-    def from_trainers(report: SyncReport) -> int:
-        return sum(link.nbytes for row in report.ranks for link in row.links)
-
-    options: dict[str, Any] = {"fan_out": "always", "commit_policy": "engine"}
-    with mortal, WeightSync.connect(trainers.group, engines=urls, **options) as sync:
-        for version in (1, 2):
-            trainers.write_and_publish(version)
-            report = sync.update(version=version)
-            assert [fingerprint(url) for url in urls] == [expected_fingerprint(version)] * 3
-            assert from_trainers(report) == report.ranks[0].read_nbytes
-        killed, *others = urls
-        mortal.close()
-        reports = []
-        for version in (3, 4):
-            trainers.write_and_publish(version)
-            reports.append(sync.update(version=version, timeout_s=30.0))
-            report = reports[-1]
-            assert [failure.engine for failure in report.failures] == [killed]
-            assert [fingerprint(url) for url in others] == [expected_fingerprint(version)] * 2
-        # The two of them read together, without the third.
-        assert from_trainers(reports[-1]) == reports[-1].ranks[0].read_nbytes
 
 
 def test_bf16_trainers_are_widened_for_an_fp32_engine(ray_cluster: str, group: str, engine: str) -> None:

@@ -43,6 +43,10 @@ class ConnectRequest:
     lender: str = ""
     lent_version: int = 0
 
+    def rests_in(self, mode: str) -> bool:
+        """Whether reads rest between pieces."""
+        return self.share_in(mode) != WITHOUT_REST
+
     def share_in(self, mode: str) -> float:
         """Share of the time in which bytes move. In place all of it: there the model waits for the read."""
         return WITHOUT_REST if mode == INPLACE else self.read_share

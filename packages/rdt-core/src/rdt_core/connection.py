@@ -39,7 +39,7 @@ from rdt_core.meeting import (
     refuse_other_dtypes,
 )
 from rdt_core.mode import INPLACE, PINNED, choose_mode
-from rdt_core.pacing import WITHOUT_REST, Pace
+from rdt_core.pacing import Pace
 from rdt_core.planner import build_plan
 from rdt_core.read_method import NEVER
 from rdt_core.reader_thread import ReaderThread
@@ -208,20 +208,17 @@ class Connection:
             logger.warning("rank %d plans again: %s", self.engine_rank, error)
             return False
         self.topology = topology
-        self.info |= self._describe_plan()
+        self.info |= self._describe_links()
         self.client.join(self.request.engine, self.engine_rank, self.info)
         return True
 
     def _open_links(self, manifests: Sequence[Manifest], num_shares: int = 1) -> None:
-        self.planned = plan_links(self.plan, self.landing, num_shares=num_shares, rests=self._rests)
+        rests = self.request.rests_in(self.mode)
+        self.planned = plan_links(self.plan, self.landing, num_shares=num_shares, rests=rests)
         self.links = open_links(self._link_reader(), self.client, manifests, self.planned.by_rank)
 
     def _link_reader(self) -> Reader:
         return reader_of(self.request, self.engine_rank, self.device)
-
-    @property
-    def _rests(self) -> bool:
-        return self.request.share_in(self.mode) != WITHOUT_REST
 
     def relink(self) -> None:
         """Plan again, and open links again, for trainer processes that took the place of others.
@@ -353,9 +350,11 @@ class Connection:
             "reload": dict(self.recording.reload),
             "landing_key": self._landing_key(),
             "landing_device": device_name(self.device),
-            "num_shares": self.planned.num_shares,
-            **self.links.describe(),
+            **self._describe_links(),
         }
+
+    def _describe_links(self) -> dict[str, Any]:
+        return {"num_shares": self.planned.num_shares, **self.links.describe()}
 
     def _landing_key(self) -> str:
         """What a driver finds ranks by that read together; empty where that is no gain, or not wanted."""
@@ -420,8 +419,7 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
         staged = build_plan(wanted, found.manifests, cost=cost)
     plan = aim_in_place(staged, recording) if mode == INPLACE else staged
     landing = make_landing(plan, recording, found.specs, device)
-    rests = request.share_in(mode) != WITHOUT_REST
-    planned = plan_links(plan, landing, rests=rests)
+    planned = plan_links(plan, landing, rests=request.rests_in(mode))
     return Connection(
         request=request,
         client=client,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rdt_core import tracing
 from rdt_core.error_wire import to_wire
 from rdt_core.errors import ConfigError, RdtError, WireFormatError
+from rdt_core.fan_out import AUTO, check_policy
 from rdt_core.pacing import WITHOUT_REST, check_read_share
 from rdt_core.subscriber import ConnectRequest, WeightSubscriber
 from rdt_core.timeouts import check_timeout
@@ -22,6 +23,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 logger = logging.getLogger(__name__)
+
+_TEXTS = (
+    "group",
+    "engine",
+    "ray_address",
+    "ray_auth_mode",
+    "transport",
+    "mode",
+    "arenas",
+    "fan_out",
+    "lender",
+)
+"""Fields of a connect request that are strings."""
 
 
 def call(subscriber: WeightSubscriber, method: str, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,19 +65,6 @@ def call(subscriber: WeightSubscriber, method: str, payload: Mapping[str, Any]) 
         return {"ok": False, "error": to_wire(RdtError(f"{method} failed: {type(error).__name__}: {error}"))}
 
 
-_TEXTS = (
-    "group",
-    "engine",
-    "ray_address",
-    "ray_auth_mode",
-    "transport",
-    "mode",
-    "arenas",
-    "fan_out",
-    "lender",
-)
-
-
 def _find(method: str) -> Callable[[WeightSubscriber, Mapping[str, Any]], dict[str, Any]]:
     if method not in _METHODS:
         raise WireFormatError("control method", f"unknown method {method!r}")
@@ -91,6 +92,7 @@ def parse_connect(payload: Mapping[str, Any]) -> ConnectRequest:
         raise WireFormatError("connect request", f"lent_version must be a version, got {lent!r}")
     try:
         share = check_read_share(payload.get("read_share", WITHOUT_REST))
+        check_policy(payload.get("fan_out", AUTO))
     except ConfigError as error:
         raise WireFormatError("connect request", str(error)) from None
     return ConnectRequest(**{**payload, "read_share": share, "timeout_s": parse_timeout(payload)})

@@ -311,6 +311,7 @@ class Relay:
                     with turn.pace.moving():
                         link.pull(turn.number, timeout_s=turn.left_s())
         except BaseException:
+            # Whatever it is, the neighbour waits for this lease before it writes again.
             with contextlib.suppress(RdtError):
                 source.client.drop_lease(lease)
             raise

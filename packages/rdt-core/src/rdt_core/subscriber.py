@@ -224,6 +224,7 @@ class WeightSubscriber:
             with connection.lock:
                 connection.gather(circle, turn, lambda: self._life.check_wanted(attempt, version))
         except BaseException:
+            # Whatever it is, this rank is not reading any more.
             self._life.fail_read(attempt)
             raise
         finally:
