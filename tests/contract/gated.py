@@ -87,6 +87,7 @@ class GatedTransport:
     """See :class:`rdt_core.transports.base.Transport`."""
 
     name = NAME
+    takes_rows = True
 
     def __init__(self) -> None:
         self._memory = MemoryTransport()

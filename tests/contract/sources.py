@@ -11,11 +11,13 @@ import psutil
 import ray
 import torch
 
+from rdt_core.row_views import view_rows
 from rdt_core.transports import make_transport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from rdt_core.row_blocks import Rows
     from rdt_core.transports.base import Export, Transport
 
 
@@ -27,8 +29,8 @@ def device_of(transport: str) -> torch.device:
 class Source(Protocol):
     """Memory that a test can write, and exports of all of it, one a reader."""
 
-    def export(self) -> object:
-        """Export every tensor; returns the ticket."""
+    def export(self, rows: Sequence[Rows] | None = None) -> object:
+        """Export every tensor, or of each these rows; returns the ticket."""
 
     def write(self, index: int, values: Sequence[int]) -> None:
         """Overwrite one tensor's bytes in place."""
@@ -53,8 +55,11 @@ class LocalSource:
         self._exports: list[Export] = []
         self._version = 0
 
-    def export(self) -> object:
-        export = self._transport.export(self._tensors)
+    def export(self, rows: Sequence[Rows] | None = None) -> object:
+        views = (
+            [view_rows(*pair) for pair in zip(self._tensors, rows, strict=True)] if rows else self._tensors
+        )
+        export = self._transport.export(views)
         export.refresh(self._version)
         self._exports.append(export)
         return export.ticket
@@ -90,8 +95,8 @@ class _SourceActor:
     def pid(self) -> int:
         return os.getpid()
 
-    def export(self) -> object:
-        return self._source.export()
+    def export(self, rows: Sequence[Rows] | None = None) -> object:
+        return self._source.export(rows)
 
     def write(self, index: int, values: Sequence[int]) -> None:
         self._source.write(index, values)
@@ -117,8 +122,8 @@ class ActorSource:
         )
         self.pid = int(ray.get(self._actor.pid.remote(), timeout=60))
 
-    def export(self) -> object:
-        return ray.get(self._actor.export.remote(), timeout=60)
+    def export(self, rows: Sequence[Rows] | None = None) -> object:
+        return ray.get(self._actor.export.remote(rows), timeout=60)
 
     def write(self, index: int, values: Sequence[int]) -> None:
         ray.get(self._actor.write.remote(index, values), timeout=60)

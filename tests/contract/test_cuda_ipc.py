@@ -18,7 +18,7 @@ import torch
 
 from rdt_core.errors import SourceDiedError, TransportError, TransportUnavailableError
 from rdt_core.local_copies import LocalCopies
-from rdt_core.row_blocks import RowBlock
+from rdt_core.row_blocks import RowBlock, Rows
 from rdt_core.transports import make_transport
 from rdt_core.transports.cuda_ipc import CudaIpcTicket
 from rdt_core.transports.fused_copy import CHUNK_BYTES, FusedCopy, cut_chunks
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from rdt_core.transports.base import Link
 
 TIMEOUT_S = 30.0
-TICKET = CudaIpcTicket(host="h", device="GPU-1", anchor="a", handles=(b"x" * 64,), ranges=bytes(24))
+TICKET = CudaIpcTicket(host="h", device="GPU-1", anchor="a", handles=(b"x" * 64,), ranges=bytes(40))
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here")
 
 
 def test_a_ticket_survives_the_wire() -> None:
     assert CudaIpcTicket.parse(TICKET.as_bytes()) == TICKET
-    assert TICKET.rows() == [(0, 0, 0)]
+    assert TICKET.rows() == [(0, Rows(0, 0, 0, 0))]
 
 
 @pytest.mark.parametrize(
@@ -47,10 +47,10 @@ def test_a_ticket_survives_the_wire() -> None:
         b"\xc1",
         7,
         None,
-        msgpack.packb({"cuda_ipc": 2}),
-        msgpack.packb({"cuda_ipc": 1, "host": "h"}),
+        msgpack.packb({"cuda_ipc": 1}),
+        msgpack.packb({"cuda_ipc": 2, "host": "h"}),
         msgpack.packb(
-            {"cuda_ipc": 1, "host": "h", "device": "", "anchor": "", "handles": [], "ranges": b"123"}
+            {"cuda_ipc": 2, "host": "h", "device": "", "anchor": "", "handles": [], "ranges": b"123"}
         ),
         msgpack.packb([1, 2]),
     ],

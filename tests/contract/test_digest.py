@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rdt_core.digest import RegionDigest, check_replicas, digest_region
+from rdt_core.digest import RegionDigest, check_replicas, digest_bytes, digest_region
 from rdt_core.errors import ReplicaMismatchError
 from rdt_core.region import Region
 
@@ -32,3 +32,17 @@ def test_two_ranks_with_different_bytes_of_one_region_are_named() -> None:
         check_replicas({0: [digest_of(data)], 3: [digest_of(data)], 5: [digest_of(changed)]})
     assert (caught.value.tensor, caught.value.region) == ("w", "[2:4, 0:3]")
     assert (caught.value.rank, caught.value.other_rank) == (0, 5)
+
+
+@pytest.mark.parametrize(("num_rows", "row_nbytes"), [(5, 24), (1000, 7), (3, 100_001), (70_001, 130)])
+def test_rows_that_lie_apart_have_the_digest_of_their_bytes_end_to_end(
+    num_rows: int, row_nbytes: int
+) -> None:
+    memory = torch.randint(0, 256, (num_rows, row_nbytes + 3), dtype=torch.uint8)
+    rows = memory[:, :row_nbytes]
+    digest = digest_bytes(rows)
+    assert digest == digest_bytes(rows.reshape(-1))
+    memory[num_rows // 2, row_nbytes] ^= 1  # between two rows
+    assert digest == digest_bytes(rows)
+    memory[num_rows // 2, row_nbytes - 1] ^= 1
+    assert digest != digest_bytes(rows)

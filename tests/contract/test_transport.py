@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from rdt_core.errors import SourceDiedError, TransportError, TransportUnavailableError
+from rdt_core.row_blocks import Rows
+from rdt_core.row_views import view_rows
 from rdt_core.transports import make_transport
 from tests.contract.sources import ActorSource, LocalSource, device_of
 
@@ -175,6 +177,45 @@ def test_a_closed_link_refuses_to_pull_and_closes_again_quietly(stand: Stand) ->
     link.close()
     with pytest.raises(TransportError, match="closed"):
         link.pull(0, timeout_s=TIMEOUT_S)
+
+
+def test_rows_come_from_where_they_lie_to_where_they_are_to_lie(stand: Stand) -> None:
+    if not stand.transport.takes_rows:
+        pytest.skip(f"{stand.transport.name} takes contiguous ranges only; no plan has rows for it")
+    source = stand.make_source((4096, 64))
+    source.write(0, [at % 251 for at in range(4096)])
+    source.write(1, list(range(64)))
+    places = [Rows(5, 24, 60, 64), Rows(3, 50)]
+    dense, wide = stand.make_targets((24 * 60, 100))
+    link = stand.transport.open(
+        source.export(places), [view_rows(dense, Rows(0, 24, 60, 24)), wide[10:60]], trainer_rank=0
+    )
+    link.pull(0, timeout_s=TIMEOUT_S)
+    assert dense.tolist() == [(5 + 64 * row + at) % 251 for row in range(60) for at in range(24)]
+    assert wide.tolist() == [255] * 10 + list(range(3, 53)) + [255] * 40
+    link.close()
+    (wide,) = stand.make_targets((64 * 60,))
+    link = stand.transport.open(
+        source.export([places[0], Rows(0, 0)]),
+        [view_rows(wide, Rows(1, 24, 60, 33)), wide[:0]],
+        trainer_rank=0,
+    )
+    link.pull(0, timeout_s=TIMEOUT_S)
+    wanted = [255] * (64 * 60)
+    for row in range(60):
+        wanted[1 + 33 * row : 25 + 33 * row] = [(5 + 64 * row + at) % 251 for at in range(24)]
+    assert wide.tolist() == wanted
+    link.close()
+
+
+def test_targets_of_other_rows_than_the_export_are_refused(stand: Stand) -> None:
+    if not stand.transport.takes_rows:
+        pytest.skip(f"{stand.transport.name} takes contiguous ranges only; no plan has rows for it")
+    ticket = stand.make_source((64,)).export([Rows(0, 4, 8, 8)])
+    (target,) = stand.make_targets((64,))
+    for other in (Rows(0, 8, 4, 8), Rows(0, 32)):
+        with pytest.raises(TransportError, match="same plan"):
+            stand.transport.open(ticket, [view_rows(target, other)], trainer_rank=0)
 
 
 def test_a_ticket_of_another_kind_is_refused(stand: Stand) -> None:

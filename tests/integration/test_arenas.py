@@ -11,7 +11,6 @@ import ray
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from rdt_core import link_plans
 from rdt_core.arena import ARENA_WINDOW, ArenaItem
@@ -25,64 +24,18 @@ from rdt_core.planner import ReadCost, build_plan
 from rdt_core.recorder import record_loader
 from rdt_core.region import Region
 from rdt_core.subscriber import ConnectRequest, WeightSubscriber
+from tests.integration.columns import Columns, EngineRank
 from tests.integration.toy_trainer import start_trainers, values_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from rdt_core.describe import Described
     from rdt_core.plan import Plan
-    from rdt_core.recording import Recording
 
 TIMEOUT_S = 120.0
 CPU = torch.device("cpu")
 MIXED = {"down.weight": (96, 64), "o.weight": (64, 128), "norm.weight": (64,)}
-
-
-class Columns(nn.Module):
-    """One rank of an engine with row-parallel layers: a column block of every matrix, all of every vector."""
-
-    def __init__(
-        self, shapes: dict[str, tuple[int, ...]], rank: int, world_size: int, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        self.held = nn.ParameterDict()
-        self._columns: dict[str, tuple[int, int]] = {}
-        for name, shape in shapes.items():
-            width = shape[-1] // world_size if len(shape) > 1 else shape[-1]
-            self._columns[name] = (rank * width if len(shape) > 1 else 0, width)
-            data = torch.zeros((*shape[:-1], width), dtype=dtype)
-            self.held[name.replace(".", "_")] = nn.Parameter(data, requires_grad=False)
-
-    def parameter(self, name: str) -> torch.Tensor:
-        found: torch.Tensor = self.held[name.replace(".", "_")]
-        return found
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        for name, tensor in weights:
-            self.parameter(name).data.copy_(self.part(name, tensor))
-
-    def part(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """What this rank takes of a whole tensor."""
-        return tensor.narrow(-1, *self._columns[name])
-
-
-class EngineRank:
-    """See :class:`rdt_core.engine_model.EngineModel`."""
-
-    device = CPU
-
-    def __init__(self, model: Columns, rank: int, world_size: int) -> None:
-        self.model, self.rank, self.world_size = model, rank, world_size
-
-    def record(self, specs: Sequence[TensorSpec]) -> Recording:
-        return record_loader(self.model, specs)
-
-    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self.model.load_weights(tensors)
-
-    def finalize(self) -> None:
-        """Nothing is derived from these weights."""
 
 
 def get(refs: Any) -> Any:

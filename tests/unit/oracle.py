@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rdt_core.manifest import Manifest, Shard
     from rdt_core.plan import Copy, Plan
     from rdt_core.region import Region
+    from rdt_core.row_blocks import Rows
     from tests.unit.strategies import World
 
 UNTOUCHED = 0xEE
@@ -65,13 +66,24 @@ def run_reads(
         for read in reads:
             assert read.trainer_rank == rank
             assert read.nbytes > 0
-            assert 0 <= read.offset_bytes <= sizes[rank, read.window] - read.nbytes
-            assert 0 <= read.landing_offset_bytes <= plan.landing_nbytes - read.nbytes
-            lands = slice(read.landing_offset_bytes, read.landing_offset_bytes + read.nbytes)
-            landing[lands] = windows[rank][read.window][read.offset_bytes : read.offset_bytes + read.nbytes]
-            written.update(range(lands.start, lands.stop))
+            source, target = offsets_of(read.source), offsets_of(read.target)
+            assert target == list(range(read.landing_offset_bytes, read.landing_offset_bytes + read.nbytes))
+            assert 0 <= min(source) <= max(source) < sizes[rank, read.window]
+            assert 0 <= min(target) <= max(target) < plan.landing_nbytes
+            for at, into in zip(source, target, strict=True):
+                landing[into] = windows[rank][read.window][at]
+            written.update(target)
     assert not written or max(written.values()) == 1, "two reads land on one byte"
     return landing
+
+
+def offsets_of(rows: Rows) -> list[int]:
+    """Every byte of the rows, in order."""
+    return [
+        rows.offset + row * rows.pitch + byte
+        for row in range(rows.num_rows)
+        for byte in range(rows.row_nbytes)
+    ]
 
 
 def with_arenas(plan: Plan, windows: dict[int, dict[str, bytearray]]) -> dict[int, dict[str, bytearray]]:

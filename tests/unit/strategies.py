@@ -13,8 +13,10 @@ from rdt_core.dtypes import ITEMSIZE_BYTES
 from rdt_core.layout import span_nbytes
 from rdt_core.manifest import Manifest, Shard, TensorSpec, Window
 from rdt_core.placement import Placement, Replicate, ShardDim, local_region
-from rdt_core.read_method import ReadCost
+from rdt_core.read_method import LinkPrice, ReadCost
 from rdt_core.region import Region
+
+ROWS = LinkPrice(bytes_per_s=1e9, per_read_s=2e-9, takes_rows=True)
 
 COSTS = (
     ReadCost(arenas="never"),
@@ -25,6 +27,8 @@ COSTS = (
     ReadCost(),
     ReadCost(per_read_s=0.0),
     ReadCost(per_read_s=2e-9, bytes_per_s=1e9, max_over_read=1e9),
+    ReadCost(by_trainer=dict.fromkeys(range(6), ROWS)),
+    ReadCost(by_trainer={0: ROWS, 2: ROWS}, arenas="never"),
 )
 
 

@@ -23,6 +23,7 @@ from rdt_core.fan_out import (
     share_bounds,
 )
 from rdt_core.plan import Plan, Read
+from tests.unit.oracle import offsets_of
 
 
 def place(engine: str, rank: int = 0, key: str = "k", device: str = "") -> Place:
@@ -59,26 +60,28 @@ def landings(draw: st.DrawFn) -> tuple[list[Read], int, int]:
     reads, end = [], 0
     for number in range(draw(st.integers(0, 12))):
         end += draw(st.integers(0, 200))
-        nbytes = draw(st.integers(1, 700))
+        row_nbytes, num_rows = draw(st.integers(1, 700)), draw(st.sampled_from((1, 1, 2, 7)))
         reads.append(
             Read(
                 trainer_rank=0,
                 window=f"w{number}",
                 offset_bytes=draw(st.integers(0, 99)),
-                nbytes=nbytes,
+                nbytes=row_nbytes * num_rows,
                 landing_offset_bytes=end,
+                num_rows=num_rows,
+                pitch_bytes=row_nbytes + draw(st.integers(0, 9)) if num_rows > 1 else 0,
             )
         )
-        end += nbytes
+        end += row_nbytes * num_rows
     return reads, end + draw(st.integers(0, 100)), draw(st.integers(1, 9))
 
 
 def bytes_of(reads: list[Read]) -> Counter[tuple[int, str, int]]:
     """(place in the landing memory, window, place there) of every byte."""
     return Counter(
-        (read.landing_offset_bytes + at, read.window, read.offset_bytes + at)
+        (into, read.window, at)
         for read in reads
-        for at in range(read.nbytes)
+        for into, at in zip(offsets_of(read.target), offsets_of(read.source), strict=True)
     )
 
 

@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rdt_core.layout import row_major_strides
-from rdt_core.row_blocks import MAX_BLOCKS, MIN_ROW_NBYTES, RowBlock, find_row_blocks
+from rdt_core.row_blocks import (
+    MAX_BLOCKS,
+    MIN_ROW_NBYTES,
+    RowBlock,
+    Rows,
+    find_row_blocks,
+    join_rows,
+    slice_rows,
+)
+from tests.unit.oracle import offsets_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,3 +87,58 @@ def test_what_would_be_too_many_blocks_is_left_to_others() -> None:
     shape = (MAX_BLOCKS + 1, 2, 32)
     assert find_row_blocks(shape, (1000, 100, 2), (500, 64, 2), 2) is None
     assert find_row_blocks((MAX_BLOCKS, *shape[1:]), (1000, 100, 2), (500, 64, 2), 2) is not None
+
+
+@st.composite
+def rows_of(draw: st.DrawFn, nbytes: int) -> list[Rows]:
+    """So many bytes in all, as rows that lie apart or not."""
+    parts = []
+    while nbytes:
+        row_nbytes = draw(st.integers(1, nbytes))
+        num_rows = draw(st.integers(1, nbytes // row_nbytes))
+        pitch = row_nbytes + draw(st.integers(0, 5)) if num_rows > 1 else 0
+        parts.append(Rows(draw(st.integers(0, 99)), row_nbytes, num_rows, pitch))
+        nbytes -= row_nbytes * num_rows
+    return parts
+
+
+def bytes_of(parts: Sequence[Rows]) -> list[int]:
+    return [at for part in parts for at in offsets_of(part)]
+
+
+@given(st.integers(1, 60).flatmap(lambda nbytes: st.tuples(rows_of(nbytes), rows_of(nbytes))))
+def test_joined_rows_copy_the_bytes_of_one_list_to_those_of_the_other_in_order(
+    sides: tuple[list[Rows], list[Rows]],
+) -> None:
+    blocks = join_rows(*sides)
+    assert blocks is not None
+    assert moves(blocks) == list(zip(*map(bytes_of, sides), strict=True))
+
+
+def test_what_joins_of_itself_is_one_block() -> None:
+    columns, dense = Rows(8, 768, 2048, 1536), Rows(0, 768 * 2048)
+    assert join_rows([columns], [dense]) == [RowBlock(8, 0, 768, 2048, 1536, 768)]
+    assert join_rows([dense], [columns]) == [RowBlock(0, 8, 768, 2048, 768, 1536)]
+    assert join_rows([columns], [columns]) == [RowBlock(8, 8, 768, 2048, 1536, 1536)]
+    assert join_rows([dense], [dense]) == [RowBlock(0, 0, 768 * 2048)]
+
+
+def test_rows_that_never_meet_are_left_to_others() -> None:
+    narrow, wide = Rows(0, 7, 11 * MAX_BLOCKS, 20), Rows(0, 11, 7 * MAX_BLOCKS, 20)
+    assert join_rows([narrow], [wide]) is None
+
+
+@given(st.integers(1, 40).flatmap(rows_of), st.data())
+def test_a_cut_is_the_bytes_between(parts: list[Rows], data: st.DataObject) -> None:
+    rows = parts[0]
+    first = data.draw(st.integers(0, rows.nbytes))
+    last = data.draw(st.integers(first, rows.nbytes))
+    found = rows.cut(first, last)
+    assert bytes_of(found) == offsets_of(rows)[first:last]
+    assert len(found) <= 3
+    assert max([rows.end, *(part.end for part in found)]) == rows.end == max(offsets_of(rows)) + 1
+
+
+def test_a_slice_within_one_row_is_one_slice() -> None:
+    assert slice_rows(10, 23, 27) == [(2, 1, 3, 4)]
+    assert slice_rows(10, 20, 20) == []

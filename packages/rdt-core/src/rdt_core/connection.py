@@ -237,7 +237,7 @@ class Connection:
         self._part()
         cost = price_reads(self.request, self.request.arenas, self.engine_rank, self.device, found.manifests)
         staged = build_plan(self.wanted, found.manifests, cost=cost)
-        self.plan = aim_in_place(staged, self.recording) if self.is_in_place else staged
+        self.plan = aim_in_place(staged, self.recording, cost) if self.is_in_place else staged
         self.landing = make_landing(self.plan, self.recording, self.specs, self.device)
         self._open_links(found.manifests)
         self.topology, self.is_near = found.topology, is_near(found.manifests)
@@ -417,7 +417,7 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
         wanted = dataclasses.replace(wanted, device=str(device))
         cost = price_reads(request, arenas, model.rank, device, found.manifests)
         staged = build_plan(wanted, found.manifests, cost=cost)
-    plan = aim_in_place(staged, recording) if mode == INPLACE else staged
+    plan = aim_in_place(staged, recording, cost) if mode == INPLACE else staged
     landing = make_landing(plan, recording, found.specs, device)
     planned = plan_links(plan, landing, rests=request.rests_in(mode))
     return Connection(

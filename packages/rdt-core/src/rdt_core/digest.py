@@ -75,13 +75,20 @@ def digest_region(data: torch.Tensor, region: Region, shape: Sequence[int]) -> i
 
 
 def digest_bytes(data: torch.Tensor) -> int:
-    """Digest the bytes of a flat uint8 tensor, whatever its alignment. Reads all; allocates a few MiB."""
+    """Digest the bytes of a uint8 tensor, flat or rows laid end to end, whatever its alignment.
+
+    Reads all; allocates a few MiB, or eight rows where these are longer.
+    """
+    rows = data if data.dim() > 1 else data.view(-1, 1)
+    # Every chunk but the last is made of whole words.
+    step = max(8, 8 * _CHUNK_ELEMENTS // max(rows.shape[1], 1) // 8 * 8)
     total = 0
-    for first in range(0, data.numel(), 8 * _CHUNK_ELEMENTS):
-        part = data[first : first + 8 * _CHUNK_ELEMENTS]
+    for first in range(0, rows.shape[0], step):
+        part = rows[first : first + step].reshape(-1)
         words = torch.zeros(-(-part.numel() // 8), dtype=torch.int64, device=data.device)
         words.view(torch.uint8)[: part.numel()].copy_(part)
-        total += _sum_of_words(words, torch.arange(words.numel(), device=data.device) + first // 8)
+        numbers = torch.arange(words.numel(), device=data.device) + first * rows.shape[1] // 8
+        total += _sum_of_words(words, numbers)
     return total & _WORD
 
 

@@ -1,40 +1,56 @@
 """Which reads of a plan may land in the engine's own memory, and the plan that has them do so.
 
-In-place mode has no room for a second copy of the weights. A read whose bytes are, piece by piece, what the
-parameters hold (the same element type, contiguous on both sides) needs none: it is cut along its copies and
-every part is aimed at its parameter. What is left, strided or converted, still goes through landing memory,
-which shrinks to just that.
+In-place mode has no room for a second copy of the weights. Reads whose bytes are, piece by piece, what the
+parameters hold need none: of the same element type, and in the same order. They are cut along their copies
+and every part is aimed at its parameter; over links that take rows whatever the strides on either side,
+over others where each part is contiguous on both. What is left, converted or transposed, still goes through
+landing memory, which shrinks to just that.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rdt_core.dtypes import itemsize_bytes
-from rdt_core.layout import is_contiguous, span_nbytes
+from rdt_core.layout import span_nbytes
 from rdt_core.lowering import LANDING_ALIGNMENT_BYTES
 from rdt_core.plan import DirectRead, Plan, Read
+from rdt_core.row_blocks import Rows, find_row_blocks, join_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from rdt_core.plan import Copy
+    from rdt_core.row_blocks import RowBlock
 
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """Landing bytes ``[start, stop)`` between a copy's first and last element."""
+    """Landing bytes ``[start, stop)`` between a copy's first and last element.
+
+    ``targets`` is where they go, in order; None for bytes that cannot be aimed.
+    """
 
     start: int
     stop: int
     copy: Copy
-    is_plain: bool
+    targets: tuple[Rows, ...] | None
 
 
-def aim_directly(plan: Plan, *, may_write: Callable[[str], bool]) -> Plan:
+@dataclass(slots=True)
+class _Group:
+    """Reads and the spans that take of them: neighbours in landing memory that share nothing with others."""
+
+    reads: list[int] = field(default_factory=list)
+    spans: dict[int, _Span] = field(default_factory=dict)
+
+
+def aim_directly(
+    plan: Plan, *, may_write: Callable[[str], bool], takes_rows: Callable[[int], bool] = lambda _: False
+) -> Plan:
     """The same plan with every read that can land in its target doing so.
 
     Pure and deterministic. The bytes that cross the link stay the same; ``landing_nbytes`` falls to what
@@ -43,18 +59,21 @@ def aim_directly(plan: Plan, *, may_write: Callable[[str], bool]) -> Plan:
     Args:
         plan: as made by the planner, all reads into landing memory.
         may_write: whether reads may land in the window of this name.
+        takes_rows: whether the link to this trainer rank takes rows.
     """
     reads = sorted(
         (read for found in plan.reads.values() for read in found), key=lambda read: read.landing_offset_bytes
     )
     spans = [_span_of(copy, may_write) for copy in plan.copies]
-    aimed = _find_aimed(reads, sorted(spans, key=lambda span: span.start))
     direct: dict[int, list[DirectRead]] = {}
+    aimed: set[int] = set()
     gone: set[int] = set()
-    for index, inside in aimed.items():
-        for span in inside:
-            gone.add(id(span))
-            direct.setdefault(reads[index].trainer_rank, []).append(_aim(reads[index], span))
+    for group in _find_groups(reads, sorted(spans, key=lambda span: span.start)):
+        found = _aim([reads[index] for index in group.reads], [*group.spans.values()], takes_rows)
+        if found:
+            direct.setdefault(found[0].trainer_rank, []).extend(found)
+            aimed.update(group.reads)
+            gone.update(group.spans)
     kept, shifts = _close_gaps([None if index in aimed else read for index, read in enumerate(reads)])
     starts = [read.landing_offset_bytes for read in reads]
     return dataclasses.replace(
@@ -74,25 +93,47 @@ def aim_directly(plan: Plan, *, may_write: Callable[[str], bool]) -> Plan:
 
 
 def _span_of(copy: Copy, may_write: Callable[[str], bool]) -> _Span:
-    shape, itemsize = copy.region.shape, itemsize_bytes(copy.source_dtype)
     start = copy.landing_offset_bytes
-    stop = start + span_nbytes(shape, copy.landing_stride_bytes, itemsize)
-    is_plain = (
-        copy.source_dtype == copy.target_dtype
-        and _moving(shape, copy.landing_stride_bytes) == _moving(shape, copy.target_stride_bytes)
-        and is_contiguous(shape, copy.landing_stride_bytes, itemsize)
-        and may_write(copy.window)
+    stop = start + span_nbytes(
+        copy.region.shape, copy.landing_stride_bytes, itemsize_bytes(copy.source_dtype)
     )
-    return _Span(start, stop, copy, is_plain)
+    is_alike = copy.source_dtype == copy.target_dtype and may_write(copy.window)
+    return _Span(start, stop, copy, _find_targets(copy, stop - start) if is_alike else None)
 
 
-def _moving(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
-    """Strides of the dims along which there is more than one element."""
-    return [stride for n, stride in zip(shape, strides, strict=True) if n > 1]
+def _find_targets(copy: Copy, nbytes: int) -> tuple[Rows, ...] | None:
+    """Where the landing bytes of a copy go, in their order; None where they have gaps or are transposed."""
+    dims = sorted(range(len(copy.region.shape)), key=copy.landing_stride_bytes.__getitem__, reverse=True)
+    shape, landing, target = (
+        [of_dim[dim] for dim in dims]
+        for of_dim in (copy.region.shape, copy.landing_stride_bytes, copy.target_stride_bytes)
+    )
+    blocks = find_row_blocks(shape, landing, target, itemsize_bytes(copy.source_dtype))
+    if blocks is None or not _are_end_to_end(blocks, nbytes):
+        return None
+    return tuple(
+        Rows(
+            copy.target_offset_bytes + block.target,
+            block.row_nbytes,
+            block.num_rows,
+            block.target_pitch if block.num_rows > 1 else 0,
+        )
+        for block in blocks
+    )
 
 
-def _find_aimed(reads: Sequence[Read], spans: Sequence[_Span]) -> dict[int, list[_Span]]:
-    """By index of the read: the spans that tile it, for reads that are tiled by plain copies of their own."""
+def _are_end_to_end(blocks: Sequence[RowBlock], nbytes: int) -> bool:
+    """Whether the blocks' sources are all bytes up to ``nbytes``, in order."""
+    at = 0
+    for block in blocks:
+        if block.source != at or (block.num_rows > 1 and block.source_pitch != block.row_nbytes):
+            return False
+        at += block.nbytes
+    return at == nbytes
+
+
+def _find_groups(reads: Sequence[Read], spans: Sequence[_Span]) -> list[_Group]:
+    """All reads and the spans that lie in them, by what they have in common."""
     inside: list[list[_Span]] = [[] for _ in reads]
     starts = [read.landing_offset_bytes for read in reads]
     for span in spans:
@@ -100,31 +141,67 @@ def _find_aimed(reads: Sequence[Read], spans: Sequence[_Span]) -> dict[int, list
         while index < len(reads) and starts[index] < max(span.stop, span.start + 1):
             inside[index].append(span)
             index += 1
-    return {
-        index: found
-        for index, (read, found) in enumerate(zip(reads, inside, strict=True))
-        if _is_tiled(read, found)
-    }
+    groups: list[_Group] = []
+    for index, found in enumerate(inside):
+        if not groups or not any(id(span) in groups[-1].spans for span in found):
+            groups.append(_Group())
+        groups[-1].reads.append(index)
+        groups[-1].spans |= {id(span): span for span in found}
+    return groups
 
 
-def _is_tiled(read: Read, spans: Sequence[_Span]) -> bool:
-    at = read.landing_offset_bytes
+def _aim(
+    reads: Sequence[Read], spans: Sequence[_Span], takes_rows: Callable[[int], bool]
+) -> list[DirectRead]:
+    """The reads of one group, cut along its spans and aimed at their targets; empty where they cannot be.
+
+    All are of one window of one trainer rank: so is each piece, and reads meet in none but their own.
+    """
+    if not _are_tiled(reads, spans):
+        return []
+    aimed: list[DirectRead] = []
     for span in spans:
-        # A span that begins in another read, or ends in one, is not this read's alone.
-        if not span.is_plain or span.start != at:
+        sources = [
+            part
+            for read in reads
+            for part in read.source.cut(
+                max(0, span.start - read.landing_offset_bytes),
+                min(read.nbytes, span.stop - read.landing_offset_bytes),
+            )
+        ]
+        blocks = join_rows(sources, span.targets or ())
+        if blocks is None:
+            return []
+        aimed += [_make_direct(reads[0], span.copy.window, block) for block in blocks]
+    if takes_rows(reads[0].trainer_rank) or all(read.num_rows == 1 for read in aimed):
+        return aimed
+    return []
+
+
+def _are_tiled(reads: Sequence[Read], spans: Sequence[_Span]) -> bool:
+    """Whether the spans can all be aimed and are, end to end, just the bytes that the reads bring."""
+    ends = [read.landing_offset_bytes + read.nbytes for read in reads]
+    if any(end != read.landing_offset_bytes for end, read in zip(ends, reads[1:], strict=False)):
+        return False
+    at = reads[0].landing_offset_bytes
+    for span in spans:
+        if span.targets is None or span.start != at:
             return False
         at = span.stop
-    return at == read.landing_offset_bytes + read.nbytes
+    return at == ends[-1]
 
 
-def _aim(read: Read, span: _Span) -> DirectRead:
+def _make_direct(read: Read, window: str, block: RowBlock) -> DirectRead:
     return DirectRead(
         trainer_rank=read.trainer_rank,
         window=read.window,
-        offset_bytes=read.offset_bytes + span.start - read.landing_offset_bytes,
-        nbytes=span.stop - span.start,
-        target_window=span.copy.window,
-        target_offset_bytes=span.copy.target_offset_bytes,
+        offset_bytes=block.source,
+        nbytes=block.nbytes,
+        num_rows=block.num_rows,
+        pitch_bytes=block.source_pitch,
+        target_window=window,
+        target_offset_bytes=block.target,
+        target_pitch_bytes=block.target_pitch,
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rdt_core.arena import ARENA_WINDOW, items_from_wire, place_items
 from rdt_core.errors import WireFormatError
+from rdt_core.row_blocks import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,14 +24,14 @@ class ExportRequest:
     Args:
         reader: its name.
         transport: that is to carry them.
-        ranges: (window, byte offset, bytes), each inside of its window.
+        ranges: (window, rows), each inside of its window.
         items: what the arena holds that some of them lie in.
         pieces: how many of the ranges each export offers, in order; none for all in one.
     """
 
     reader: str
     transport: str
-    ranges: tuple[tuple[str, int, int], ...]
+    ranges: tuple[tuple[str, Rows], ...]
     items: tuple[ArenaItem, ...]
     pieces: tuple[int, ...] = ()
 
@@ -95,14 +96,26 @@ def parse_reader(payload: Mapping[str, Any]) -> str:
     return _text(payload, "reader")
 
 
-def _parse_range(part: object, sizes: Mapping[str, int]) -> tuple[str, int, int]:
-    if not isinstance(part, (list, tuple)) or len(part) != 3 or not isinstance(part[0], str):  # noqa: PLR2004  window, offset, bytes
-        raise WireFormatError(_WHAT, "a range must be a window's name, an offset and a size")
-    window, offset, nbytes = part[0], _whole(part[1], "offset"), _whole(part[2], "size")
-    if offset + nbytes > sizes.get(window, -1):
+def range_to_wire(window: str, rows: Rows) -> tuple[str | int, ...]:
+    """What :func:`parse_export` takes for one of its ranges."""
+    return (window, *rows) if rows.num_rows > 1 else (window, rows.offset, rows.row_nbytes)
+
+
+def _parse_range(part: object, sizes: Mapping[str, int]) -> tuple[str, Rows]:
+    if not isinstance(part, (list, tuple)) or len(part) not in (3, 5) or not isinstance(part[0], str):
+        raise WireFormatError(
+            _WHAT, "a range must be a window's name, an offset, a size, and for rows their number and pitch"
+        )
+    window, numbers = part[0], part[1:]
+    rows = Rows(*map(_whole, numbers, ("offset", "size", "number of rows", "pitch")))
+    if rows.num_rows < 1 or (rows.num_rows > 1 and not 0 < rows.row_nbytes <= rows.pitch):
+        raise WireFormatError(
+            _WHAT, f"{rows.num_rows} rows of {rows.row_nbytes} bytes, {rows.pitch} bytes apart"
+        )
+    if rows.end > sizes.get(window, -1):
         held = f"{sizes[window]} bytes" if window in sizes else "no such window"
-        raise WireFormatError(_WHAT, f"bytes {offset} to {offset + nbytes} of {window[:100]!r}: {held} here")
-    return window, offset, nbytes
+        raise WireFormatError(_WHAT, f"bytes {rows.offset} to {rows.end} of {window[:100]!r}: {held} here")
+    return window, rows
 
 
 def _text(payload: Mapping[str, Any], field: str) -> str:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from rdt_core.arena import ARENA_WINDOW
 from rdt_core.arena_memory import Arenas
 from rdt_core.digest import digest_bytes
+from rdt_core.errors import TransportError
 from rdt_core.export_request import parse_export, parse_probe, parse_reader
 from rdt_core.probe import ROUNDS, ProbeSource, Scratch
+from rdt_core.row_views import view_rows
 from rdt_core.transports import make_transport
 from rdt_core.transports.pieces import split
 
@@ -100,19 +102,25 @@ class Exports:
         Raises:
             WireFormatError: the request is malformed.
             ArenaMemoryError: there is no memory for what the reader wants laid out.
+            TransportError: the transport does not take rows, and some are asked for.
         """
         asked = parse_export(payload, {name: flat.numel() for name, flat in self._windows.items()})
         name = asked.transport
+        if any(rows.num_rows > 1 for _, rows in asked.ranges) and not self._transport(name).takes_rows:
+            raise TransportError(
+                f"{name} reads contiguous ranges only, and {asked.reader} asks for rows. Both sides must run "
+                "the same rdt-core version."
+            )
         self.drop(payload)
-        self._hold_windows(name, {window for window, _, _ in asked.ranges} - {ARENA_WINDOW})
+        self._hold_windows(name, {window for window, _ in asked.ranges} - {ARENA_WINDOW})
         with contextlib.ExitStack() as undo:
             arena = self._arenas.hold(asked.items)
             undo.callback(arena.close)
             views = [
-                arena.view(offset, nbytes)
+                view_rows(arena.view(rows.offset, rows.end - rows.offset), rows._replace(offset=0))
                 if window == ARENA_WINDOW
-                else self._windows[window][offset : offset + nbytes]
-                for window, offset, nbytes in asked.ranges
+                else view_rows(self._windows[window], rows)
+                for window, rows in asked.ranges
             ]
             exports = []
             for part in split(views, asked.pieces):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rdt_core.errors import ConfigError, WireFormatError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from rdt_core.plan import Plan, Read
 
@@ -119,10 +119,23 @@ def cut_reads(reads: Sequence[Read], bounds: Sequence[int]) -> list[list[Read]]:
             if bounds[share] >= end:
                 break
             if first < last:
-                offset = read.offset_bytes + first - start
-                part = replace(read, offset_bytes=offset, nbytes=last - first, landing_offset_bytes=first)
-                shares[share].append(part)
+                shares[share] += _cut_read(read, first - start, last - start)
     return shares
+
+
+def _cut_read(read: Read, first: int, last: int) -> Iterator[Read]:
+    """Bytes number ``first`` up to ``last`` of a read."""
+    at = read.landing_offset_bytes + first
+    for part in read.source.cut(first, last):
+        yield replace(
+            read,
+            offset_bytes=part.offset,
+            nbytes=part.nbytes,
+            landing_offset_bytes=at,
+            num_rows=part.num_rows,
+            pitch_bytes=part.pitch,
+        )
+        at += part.nbytes
 
 
 def circles_to_wire(circles: Mapping[Neighbour, Circle], engine: str) -> dict[str, list[list[object]]]:

@@ -14,6 +14,7 @@ from rdt_core.local_copies import LocalCopies
 from rdt_core.manifest import Manifest, Shard, Window
 from rdt_core.plan import RELOAD_PREFIX, DirectRead
 from rdt_core.region import Region
+from rdt_core.row_views import view_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,14 +50,12 @@ class Landing:
         return self.buffer.numel() + sum(t.numel() * t.element_size() for t in self.reload_buffers.values())
 
     def targets(self, reads: Sequence[Read | DirectRead]) -> list[torch.Tensor]:
-        """Where a trainer rank's reads land, as flat uint8 views of the buffer or of an engine window."""
+        """Where a trainer rank's reads land, as uint8 views of the buffer or of an engine window."""
         return [self._target(read) for read in reads]
 
     def _target(self, read: Read | DirectRead) -> torch.Tensor:
-        if isinstance(read, DirectRead):
-            window = self.windows[read.target_window]
-            return window[read.target_offset_bytes : read.target_offset_bytes + read.nbytes]
-        return self.buffer[read.landing_offset_bytes : read.landing_offset_bytes + read.nbytes]
+        memory = self.windows[read.target_window] if isinstance(read, DirectRead) else self.buffer
+        return view_rows(memory, read.target)
 
     def fill_reload_buffers(self) -> None:
         """Assemble the tensors for the engine's loader. Touches no parameter."""

@@ -98,7 +98,7 @@ def plan_links(plan: Plan, landing: Landing, *, num_shares: int = 1, rests: bool
 
 def _plan_share(reads: Sequence[Read | DirectRead], landing: Landing, max_nbytes: int | None) -> LinkPlan:
     whole = LinkPlan(
-        ranges=[(read.window, read.offset_bytes, read.nbytes) for read in reads],
+        ranges=[(read.window, read.source) for read in reads],
         targets=landing.targets(reads),
         pieces=[len(reads)] if reads else [],
     )

@@ -10,9 +10,12 @@ from rdt_core.read_method import LinkPrice, ReadCost
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# CUDA IPC: a row of a launch costs 2 ns on an H100 on top of its bytes (benchmarks/copies.py); bytes at what
-# NVLink gives between two GPUs, the slower case. The others have the general price.
-_PRICES = {"cuda_ipc": LinkPrice(bytes_per_s=4e11, per_read_s=2e-9)}
+# CUDA IPC: a range of a launch costs 2 ns on an H100 on top of its bytes (benchmarks/copies.py); bytes at
+# what NVLink gives between two GPUs, the slower case. The others have the general price.
+_PRICES = {
+    "cuda_ipc": LinkPrice(bytes_per_s=4e11, per_read_s=2e-9, takes_rows=True),
+    "memory": replace(ReadCost().of(0), takes_rows=True),
+}
 
 
 def cost_over(transports: Mapping[int, str], arenas: str) -> ReadCost:

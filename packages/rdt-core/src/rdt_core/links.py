@@ -16,7 +16,9 @@ from rdt_core.arena import items_to_wire
 from rdt_core.choice import AUTO, Endpoint, TransportChoice, choose_transport
 from rdt_core.coordinator import reader_name
 from rdt_core.describe import node_name
+from rdt_core.export_request import range_to_wire
 from rdt_core.probe import ROUNDS, ProbeTarget
+from rdt_core.row_views import cut_view
 from rdt_core.transports import make_transport
 from rdt_core.transports.offers import offered_transports
 from rdt_core.transports.pieces import cut_into_objects, split
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from rdt_core.arena import ArenaItem
     from rdt_core.client import CoordinatorClient
     from rdt_core.manifest import Manifest
+    from rdt_core.row_blocks import Rows
     from rdt_core.transports.base import Link, Transport
 
 logger = logging.getLogger(__name__)
@@ -63,27 +66,31 @@ class LinkPlan:
     """What to read from one trainer rank.
 
     Args:
-        ranges: (window, byte offset, bytes) in the trainer rank's memory, one a read.
-        targets: where they land, in the same order.
+        ranges: (window, rows) in the trainer rank's memory, one a read.
+        targets: where they land, in the same order, as :func:`rdt_core.row_views.view_rows` makes them.
         items: what the trainer rank lays out, for ranges in ``rdt_core.arena.ARENA_WINDOW``.
         pieces: how many of the ranges each link carries, in order; by default one carries all.
     """
 
-    ranges: Sequence[tuple[str, int, int]]
+    ranges: Sequence[tuple[str, Rows]]
     targets: Sequence[torch.Tensor]
     items: Sequence[ArenaItem] = ()
     pieces: Sequence[int] = ()
 
     def cut(self, max_nbytes: int) -> LinkPlan:
         """The same bytes in pieces of a bounded size, each for a link of its own."""
-        objects = cut_into_objects([nbytes for _, _, nbytes in self.ranges], max_nbytes)
-        parts = [part for parts in objects for part in parts]
-        ranges, targets = [], []
-        for part in parts:
-            window, offset, _ = self.ranges[part.view]
-            ranges.append((window, offset + part.view_offset, part.nbytes))
-            targets.append(self.targets[part.view][part.view_offset : part.view_offset + part.nbytes])
-        return LinkPlan(ranges=ranges, targets=targets, items=self.items, pieces=[*map(len, objects)])
+        ranges: list[tuple[str, Rows]] = []
+        targets: list[torch.Tensor] = []
+        pieces = []
+        for parts in cut_into_objects([rows.nbytes for _, rows in self.ranges], max_nbytes):
+            num_before = len(ranges)
+            for part in parts:
+                window, rows = self.ranges[part.view]
+                first, last = part.view_offset, part.view_offset + part.nbytes
+                ranges += [(window, found) for found in rows.cut(first, last)]
+                targets += cut_view(self.targets[part.view], first, last)
+            pieces.append(len(ranges) - num_before)
+        return LinkPlan(ranges=ranges, targets=targets, items=self.items, pieces=pieces)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,7 +248,7 @@ def _open_all(
         rank: {
             "reader": reader.name,
             "transport": transport.name,
-            "ranges": [tuple(part) for part in planned[rank].ranges],
+            "ranges": [range_to_wire(window, rows) for window, rows in planned[rank].ranges],
             "arena": items_to_wire(planned[rank].items),
             "pieces": list(planned[rank].pieces),
         }

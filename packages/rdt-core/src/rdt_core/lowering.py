@@ -1,16 +1,18 @@
-"""Turns pieces, strided boxes of trainer memory, into byte-range reads and landing-to-engine copies.
+"""Turns pieces, strided boxes of trainer memory, into reads and landing-to-engine copies.
 
-Transports read contiguous byte ranges only. How every piece is read is chosen by
-:mod:`rdt_core.read_method`. A piece that goes by an arena becomes one range of that arena; one that is read
-where it lies and is not contiguous is cut into blocks (see :class:`rdt_core.layout.Cut`). All ranges of one
-trainer window are then united, so that no byte is read twice.
+How every piece is read is chosen by :mod:`rdt_core.read_method`. A piece that goes by an arena becomes one
+range of that arena. One that is read where it lies and is not contiguous is read as rows over links that
+take them, and lands as a box of its own; over others it is cut into blocks (see
+:class:`rdt_core.layout.Cut`). All ranges of one trainer window are then united, so that no byte of them is
+read twice.
 """
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from rdt_core.arena import ARENA_WINDOW, ArenaItem, place_items
 from rdt_core.coverage import count_union
@@ -26,10 +28,43 @@ if TYPE_CHECKING:
 
     from rdt_core.layout import Cut
     from rdt_core.read_method import Method, Piece, ReadCost
+    from rdt_core.row_blocks import Rows
 
 # A landing offset equals its source offset modulo this, so that elements stay aligned and vector loads of
 # 16 bytes stay possible where they were possible in the source.
 LANDING_ALIGNMENT_BYTES = 16
+
+
+class _Box(NamedTuple):
+    """Rows that are read together and land end to end: a strided piece, or several of the same bytes."""
+
+    trainer_rank: int
+    window: str
+    offset: int
+    rows: tuple[Rows, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.rows)
+
+
+@dataclass(slots=True)
+class _Landing:
+    """Where everything lands.
+
+    Args:
+        ranges: by trainer rank and window.
+        boxes: landing offset of each.
+        nbytes: of the landing buffer.
+    """
+
+    ranges: dict[tuple[int, str], _Landed] = field(default_factory=dict)
+    boxes: dict[_Box, int] = field(default_factory=dict)
+    nbytes: int = 0
+
+    def of(self, piece: Piece) -> _Landed:
+        """The ranges that a piece is one of."""
+        return self.ranges[piece.trainer_rank, piece.source.window]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +85,19 @@ def lower_pieces(engine_rank: int, wanted: Sequence[Piece], cost: ReadCost) -> P
     """The plan that brings every piece to its engine shard, copies in the order of ``wanted``."""
     methods = choose_methods(wanted, cost)
     pieces, arenas = _lay_out_arenas(wanted, methods)
+    boxes = [_box_of(piece, method) for piece, method in zip(pieces, methods, strict=True)]
+    ranged = [index for index, box in enumerate(boxes) if box is None]
+    strides: dict[int, tuple[int, ...]] = {}
     while True:
-        chosen = [method.cut or only_cut(piece) for piece, method in zip(pieces, methods, strict=True)]
-        landed, landing_nbytes = _assign_landing(pieces, chosen)
-        strides = [
-            _landing_strides(piece, cut, landed[piece.trainer_rank, piece.source.window])
-            for piece, cut in zip(pieces, chosen, strict=True)
-        ]
-        irregular = [index for index, found in enumerate(strides) if found is None]
+        cuts = {index: methods[index].cut or only_cut(pieces[index]) for index in ranged}
+        landed = _assign_landing([(pieces[index], cut) for index, cut in cuts.items()], boxes)
+        irregular = []
+        for index, cut in cuts.items():
+            found = _landing_strides(pieces[index], cut, landed.of(pieces[index]))
+            if found is None:
+                irregular.append(index)
+            else:
+                strides[index] = found
         if not irregular:
             break
         # Blocks of other pieces lie between the blocks of these, so that no strides describe where they
@@ -69,14 +109,26 @@ def lower_pieces(engine_rank: int, wanted: Sequence[Piece], cost: ReadCost) -> P
         reads=_make_reads(landed),
         arenas=arenas,
         copies=tuple(
-            _make_copy(piece, method, found, landed[piece.trainer_rank, piece.source.window])
-            for piece, method, found in zip(pieces, methods, strides, strict=True)
-            if found is not None
+            _make_copy(piece, method, landed.of(piece).locate(piece.source_offset_bytes), strides[index])
+            if box is None
+            else _make_copy(piece, method, landed.boxes[box], _dense_strides(piece))
+            for index, (piece, method, box) in enumerate(zip(pieces, methods, boxes, strict=True))
         ),
-        landing_nbytes=landing_nbytes,
-        payload_nbytes=_count_payload(pieces),
+        landing_nbytes=landed.nbytes,
+        payload_nbytes=_count_payload([pieces[index] for index in ranged])
+        + sum(box.nbytes for box in landed.boxes),
         num_tensors=len({piece.target.tensor for piece in pieces}),
     )
+
+
+def _box_of(piece: Piece, method: Method) -> _Box | None:
+    if not method.rows:
+        return None
+    return _Box(piece.trainer_rank, piece.source.window, piece.source_offset_bytes, method.rows)
+
+
+def _dense_strides(piece: Piece) -> tuple[int, ...]:
+    return row_major_strides(piece.region.shape, itemsize_bytes(piece.source.dtype))
 
 
 def _lay_out_arenas(
@@ -93,7 +145,7 @@ def _lay_out_arenas(
             method.dtype,
         )
         for index, (piece, method) in enumerate(zip(pieces, methods, strict=True))
-        if method.cut is None
+        if method.goes_by_arena
     }
     by_rank: dict[int, dict[ArenaItem, int]] = {}
     for index, item in items.items():
@@ -122,24 +174,31 @@ def _in_arena(piece: Piece, item: ArenaItem, offset_bytes: int) -> Piece:
     )
 
 
-def _assign_landing(
-    pieces: Sequence[Piece], cuts: Sequence[Cut]
-) -> tuple[dict[tuple[int, str], _Landed], int]:
-    """Unite the byte ranges of every (trainer rank, window), and give each a place in the landing buffer."""
+def _assign_landing(pieces: Iterable[tuple[Piece, Cut]], boxes: Iterable[_Box | None]) -> _Landing:
+    """A place in the landing buffer for everything: by trainer rank its ranges, united, then its boxes."""
     ranges: dict[tuple[int, str], set[tuple[int, int]]] = {}
-    for piece, cut in zip(pieces, cuts, strict=True):
+    for piece, cut in pieces:
         offset = piece.source_offset_bytes
         steps = [piece.source.stride_bytes[dim] for dim in cut.outer_dims]
         held = ranges.setdefault((piece.trainer_rank, piece.source.window), set())
         for step in block_steps(cut, piece.region.shape, steps) if steps else (0,):
             held.add((offset + step, offset + step + cut.block_nbytes))
-    landed: dict[tuple[int, str], _Landed] = {}
-    end = 0
+    by_rank: dict[int, list[tuple[int, str] | _Box]] = {}
     for key in sorted(ranges):
-        # Items of an arena stay single: where one is shared with other readers, it lies apart from the rest.
-        unite = _keep_apart if key[1] == ARENA_WINDOW else _unite
-        landed[key], end = _land(unite(sorted(ranges[key])), end)
-    return landed, end
+        by_rank.setdefault(key[0], []).append(key)
+    for box in sorted({box for box in boxes if box is not None}):
+        by_rank.setdefault(box.trainer_rank, []).append(box)
+    landing = _Landing()
+    for found in itertools.chain.from_iterable(by_rank[rank] for rank in sorted(by_rank)):
+        if isinstance(found, _Box):
+            landing.nbytes += (found.offset - landing.nbytes) % LANDING_ALIGNMENT_BYTES
+            landing.boxes[found] = landing.nbytes
+            landing.nbytes += found.nbytes
+        else:
+            # Items of an arena stay single: one that is shared with other readers lies apart from the rest.
+            unite = _keep_apart if found[1] == ARENA_WINDOW else _unite
+            landing.ranges[found], landing.nbytes = _land(unite(sorted(ranges[found])), landing.nbytes)
+    return landing
 
 
 def _unite(ranges: Iterable[tuple[int, int]]) -> tuple[list[int], list[int]]:
@@ -194,9 +253,9 @@ def _landing_strides(piece: Piece, cut: Cut, landed: _Landed) -> tuple[int, ...]
     return tuple(strides)
 
 
-def _make_reads(landed: dict[tuple[int, str], _Landed]) -> dict[int, tuple[Read, ...]]:
+def _make_reads(landing: _Landing) -> dict[int, tuple[Read, ...]]:
     reads: dict[int, list[Read]] = {}
-    for (trainer_rank, window), held in landed.items():
+    for (trainer_rank, window), held in landing.ranges.items():
         reads.setdefault(trainer_rank, []).extend(
             Read(
                 trainer_rank=trainer_rank,
@@ -207,15 +266,29 @@ def _make_reads(landed: dict[tuple[int, str], _Landed]) -> dict[int, tuple[Read,
             )
             for start, stop, landing in zip(held.starts, held.stops, held.landings, strict=True)
         )
-    return {rank: tuple(found) for rank, found in reads.items()}
+    for box, lands_at in landing.boxes.items():
+        at = lands_at
+        for rows in box.rows:
+            read = Read(
+                trainer_rank=box.trainer_rank,
+                window=box.window,
+                offset_bytes=box.offset + rows.offset,
+                nbytes=rows.nbytes,
+                landing_offset_bytes=at,
+                num_rows=rows.num_rows,
+                pitch_bytes=rows.pitch,
+            )
+            reads.setdefault(box.trainer_rank, []).append(read)
+            at += rows.nbytes
+    return {rank: tuple(reads[rank]) for rank in sorted(reads)}
 
 
-def _make_copy(piece: Piece, method: Method, strides: tuple[int, ...], landed: _Landed) -> Copy:
+def _make_copy(piece: Piece, method: Method, lands_at: int, strides: tuple[int, ...]) -> Copy:
     return Copy(
         tensor=piece.target.tensor,
         region=piece.region,
         source_dtype=piece.source.dtype,
-        landing_offset_bytes=landed.locate(piece.source_offset_bytes),
+        landing_offset_bytes=lands_at,
         landing_stride_bytes=strides,
         window=piece.target.window,
         target_dtype=piece.target.dtype,

@@ -69,8 +69,8 @@ def merge_specs(manifests: Sequence[Manifest]) -> dict[str, TensorSpec]:
     return dict(sorted(merged.items()))
 
 
-def aim_in_place(plan: Plan, recording: Recording) -> Plan:
-    """The plan for in-place mode.
+def aim_in_place(plan: Plan, recording: Recording, cost: ReadCost) -> Plan:
+    """The plan for in-place mode, from one that was made at the same prices.
 
     An engine's own loader, which takes the reload tensors, must run before any other byte is in place (see
     :class:`Recording`). So where there are such tensors only they are read directly, and the rest lands
@@ -80,7 +80,7 @@ def aim_in_place(plan: Plan, recording: Recording) -> Plan:
     def may_write(window: str) -> bool:
         return not recording.reload or window.startswith(RELOAD_PREFIX)
 
-    return aim_directly(plan, may_write=may_write)
+    return aim_directly(plan, may_write=may_write, takes_rows=lambda rank: cost.of(rank).takes_rows)
 
 
 def price_reads(

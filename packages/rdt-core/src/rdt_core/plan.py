@@ -1,6 +1,6 @@
 """Which bytes of which trainer rank one engine rank reads, and where they go.
 
-A plan has two parts that are carried out one after the other: *reads* bring byte ranges of trainer
+A plan has two parts that are carried out one after the other: *reads* bring bytes of trainer
 windows into one landing buffer (``prepare``), *copies* move elements from there into the engine's
 windows (``commit``). Both are fixed when trainer and engine meet and replayed at every version.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rdt_core.arena import place_items
+from rdt_core.row_blocks import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,30 +28,55 @@ No parameter's name can begin so.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Read:
-    """One one-sided copy: a contiguous byte range of a trainer's window into the landing buffer.
+class SourceRead:
+    """One one-sided copy of rows of bytes of a trainer's window.
 
-    ``window`` may be ``rdt_core.arena.ARENA_WINDOW``: then the offset counts in the arena that the trainer
-    rank lays out for this plan.
+    Most are of one row, a contiguous range; more are read only over links that take them (see
+    :class:`rdt_core.read_method.LinkPrice`). ``nbytes`` are those of all rows. ``window`` may be
+    ``rdt_core.arena.ARENA_WINDOW``: then the offset counts in the arena that the trainer rank lays out for
+    this plan.
     """
 
     trainer_rank: int
     window: str
     offset_bytes: int
     nbytes: int
-    landing_offset_bytes: int
+    num_rows: int = 1
+    pitch_bytes: int = 0
+
+    @property
+    def source(self) -> Rows:
+        """Where the bytes lie in the trainer's window."""
+        return Rows(self.offset_bytes, self.nbytes // self.num_rows, self.num_rows, self.pitch_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DirectRead:
-    """One one-sided copy: a contiguous byte range of a trainer's window into an engine's window itself."""
+class Read(SourceRead):
+    """A read into the landing buffer, in which the rows lie end to end."""
 
-    trainer_rank: int
-    window: str
-    offset_bytes: int
-    nbytes: int
+    landing_offset_bytes: int
+
+    @property
+    def target(self) -> Rows:
+        """Where the bytes land in the buffer."""
+        row_nbytes = self.nbytes // self.num_rows
+        pitch = row_nbytes if self.num_rows > 1 else 0
+        return Rows(self.landing_offset_bytes, row_nbytes, self.num_rows, pitch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectRead(SourceRead):
+    """A read into an engine's window itself."""
+
     target_window: str
     target_offset_bytes: int
+    target_pitch_bytes: int = 0
+
+    @property
+    def target(self) -> Rows:
+        """Where the bytes land in the engine's window."""
+        row_nbytes = self.nbytes // self.num_rows
+        return Rows(self.target_offset_bytes, row_nbytes, self.num_rows, self.target_pitch_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +107,7 @@ class Plan:
 
     Args:
         engine_rank: whose plan this is.
-        reads: by trainer rank; within one rank by window and offset.
+        reads: by trainer rank; within one rank first ranges, then rows, each by window and offset.
         copies: cover every shard of the engine's manifest exactly once, together with ``direct``.
         landing_nbytes: size of the landing buffer.
         payload_nbytes: bytes that are needed; ``read_nbytes - payload_nbytes`` is read in vain because a

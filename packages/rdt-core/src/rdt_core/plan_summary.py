@@ -19,6 +19,7 @@ MEANINGS = {
     "direct": "contiguous on the trainer: read as it lies",
     "runs": "columns of a matrix, read run by run",
     "span": "columns of a matrix, read as the span around them",
+    "rows": "columns of a matrix, read as they lie",
     "packed": "columns of a matrix, packed by the trainer at publish",
     "cast": "wider than the engine's dtype, narrowed by the trainer at publish",
     "reload": "whole, as in a checkpoint; the engine's own loader takes it at commit",

@@ -1,7 +1,8 @@
 """How a piece of trainer memory comes to an engine rank, and why: the cost model behind every plan.
 
 *Direct*: the bytes as they lie, contiguous. *Runs* and *span*: a strided piece, run by run or as the one
-range that encloses it. *Packed* and *cast*: the trainer rank lays the piece out in an arena at every
+range that encloses it. *Rows*: a strided piece over a link that takes it as it lies, in one read. *Packed*
+and *cast*: the trainer rank lays the piece out in an arena at every
 publish, in the engine's order and, where that is narrower, in the engine's dtype; the engine reads the arena.
 """
 
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from rdt_core.dtypes import itemsize_bytes
 from rdt_core.errors import ConfigError
-from rdt_core.layout import Cut, find_cuts, is_contiguous
+from rdt_core.layout import Cut, find_cuts, is_contiguous, row_major_strides
+from rdt_core.row_blocks import Rows, find_row_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,10 +42,12 @@ class LinkPrice:
     Args:
         bytes_per_s: throughput.
         per_read_s: what every read costs on top of its bytes, in seconds.
+        takes_rows: whether one read may bring rows that lie apart, wherever they are to lie.
     """
 
     bytes_per_s: float
     per_read_s: float
+    takes_rows: bool = False
 
     def price_s(self, cut: Cut) -> float:
         """Seconds that reading all blocks of ``cut`` takes."""
@@ -116,21 +120,28 @@ class Method:
     """How one piece is read.
 
     Args:
-        name: ``direct``, ``runs``, ``span``, ``packed`` or ``cast``.
+        name: ``direct``, ``runs``, ``span``, ``rows``, ``packed`` or ``cast``.
         reason: why, for people.
-        cut: the blocks to read from the trainer's window; None when an arena is read instead.
+        cut: the blocks to read from the trainer's window; None for rows, and when an arena is read instead.
         dtype: of the elements that land.
+        rows: the rows to read from the trainer's window, from the piece's first element on, in its order.
     """
 
     name: str
     reason: str
     cut: Cut | None
     dtype: str
+    rows: tuple[Rows, ...] = ()
 
     @property
     def is_strided(self) -> bool:
         """Whether the trainer's own memory is read and does not hold the piece in one range."""
         return self.name in ("runs", "span")
+
+    @property
+    def goes_by_arena(self) -> bool:
+        """Whether the trainer rank lays the piece out."""
+        return self.cut is None and not self.rows
 
 
 def choose_methods(pieces: Sequence[Piece], cost: ReadCost) -> list[Method]:
@@ -153,16 +164,30 @@ def only_cut(piece: Piece) -> Cut:
 
 
 def _choose_direct(piece: Piece, cost: ReadCost) -> Method:
-    """The cheapest cut within the allowed over-read; the finest one if none is."""
+    """As rows where the link takes them; else the cheapest cut that over-reads no more than allowed."""
     cuts = _cuts(piece)
     if len(cuts) == 1:
         return Method("direct", "contiguous", cuts[0], piece.source.dtype)
-    most = cost.max_over_read * piece.nbytes
     price = cost.of(piece.trainer_rank)
+    rows = _find_rows(piece) if price.takes_rows else ()
+    if rows:
+        reason = f"{sum(part.num_rows for part in rows)} rows of {rows[0].row_nbytes} bytes"
+        return Method("rows", reason, None, piece.source.dtype, rows)
+    most = cost.max_over_read * piece.nbytes
     allowed = [cut for cut in cuts if cut.nbytes <= most] or cuts[:1]
     cut = min(allowed, key=lambda cut: (price.price_s(cut), cut.num_blocks))
     reason = f"{cut.num_blocks} reads of {cut.block_nbytes} bytes for {piece.nbytes}"
     return Method("span" if cut.num_blocks == 1 else "runs", reason, cut, piece.source.dtype)
+
+
+def _find_rows(piece: Piece) -> tuple[Rows, ...]:
+    """The piece in the order of its elements; empty where it is not made of rows worth the name."""
+    shape, itemsize = piece.region.shape, itemsize_bytes(piece.source.dtype)
+    strides = piece.source.stride_bytes
+    if any(n > 1 and stride == 0 for n, stride in zip(shape, strides, strict=True)):
+        return ()
+    blocks = find_row_blocks(shape, strides, row_major_strides(shape, itemsize), itemsize) or ()
+    return tuple(Rows(block.source, block.row_nbytes, block.num_rows, block.source_pitch) for block in blocks)
 
 
 def _cuts(piece: Piece) -> list[Cut]:
@@ -194,10 +219,10 @@ def _prefer_arena(piece: Piece, found: Method, cost: ReadCost, whole: set[_Memor
     dtype = _arena_dtype(piece)
     is_narrowed = dtype != piece.source.dtype
     # What lies between the runs of a wholly needed shard is read for other pieces: the runs unite.
-    if found.cut is None or not (is_narrowed or (found.is_strided and _memory_of(piece) not in whole)):
+    if not (is_narrowed or (found.is_strided and _memory_of(piece) not in whole)):
         return found
     price = cost.of(piece.trainer_rank)
-    direct_s = price.price_s(found.cut) + _commit_s(piece, piece.nbytes)
+    direct_s = _price_read_s(piece, found, price) + _commit_s(piece, piece.nbytes)
     arena_s = _price_arena_s(piece, dtype, price)
     if direct_s <= arena_s:
         return found
@@ -209,6 +234,13 @@ def _arena_dtype(piece: Piece) -> str:
     """The narrower of both sides' dtypes: conversions that widen happen behind the link."""
     source, target = piece.source.dtype, piece.target.dtype
     return target if itemsize_bytes(target) < itemsize_bytes(source) else source
+
+
+def _price_read_s(piece: Piece, method: Method, price: LinkPrice) -> float:
+    """A row costs nothing beside its bytes (docs/performance.md)."""
+    if method.cut is not None:
+        return price.price_s(method.cut)
+    return len(method.rows) * price.per_read_s + piece.nbytes / price.bytes_per_s
 
 
 def _price_arena_s(piece: Piece, dtype: str, price: LinkPrice) -> float:

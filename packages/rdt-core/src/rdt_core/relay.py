@@ -21,6 +21,7 @@ from rdt_core.local_shards import LocalShard, LocalShards
 from rdt_core.manifest import TensorSpec
 from rdt_core.publisher import WeightPublisher
 from rdt_core.region import Region
+from rdt_core.row_blocks import Rows
 from rdt_core.wire import manifest_from_bytes
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ class Relay:
         topology = client.topology()
         (shard,) = manifest.shards
         planned = LinkPlan(
-            ranges=[(shard.window, shard.offset_bytes + start, end - start)],
+            ranges=[(shard.window, Rows(shard.offset_bytes + start, end - start))],
             targets=[self._landing[start:end]],
         )
         if self._piece_nbytes is not None:

@@ -72,9 +72,11 @@ class Transport(Protocol):
 
     Attributes:
         name: as shown to users and as accepted by :func:`rdt_core.transports.make_transport`.
+        takes_rows: whether views and targets may be of several rows.
     """
 
     name: str
+    takes_rows: bool
 
     def export(self, views: Sequence[torch.Tensor]) -> Export:
         """Offer live memory to one engine rank.
@@ -83,7 +85,8 @@ class Transport(Protocol):
         the export before it gives the ticket away.
 
         Args:
-            views: contiguous one-dimensional uint8 views of live storages. Not copied: a later write by the
+            views: one-dimensional uint8 views of live storages, contiguous. Where the transport takes rows
+                also two-dimensional ones, of contiguous rows that lie apart. Not copied: a later write by the
                 trainer is what the next pull reads. The export keeps them alive.
         """
 
@@ -94,8 +97,8 @@ class Transport(Protocol):
 
         Args:
             ticket: from the :class:`Export` of the trainer rank.
-            targets: contiguous one-dimensional uint8 views of landing memory, one for each view of the
-                export, of the same sizes in bytes. The link keeps them alive.
+            targets: uint8 views of landing memory, one for each view of the export, of the same shapes and of
+                strides of their own. The link keeps them alive.
             trainer_rank: named in errors.
 
         Raises:

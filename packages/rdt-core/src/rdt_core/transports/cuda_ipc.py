@@ -26,7 +26,7 @@ from rdt_core.errors import (
     TransportError,
     TransportUnavailableError,
 )
-from rdt_core.row_blocks import RowBlock
+from rdt_core.row_blocks import RowBlock, Rows
 from rdt_core.transports import cuda_driver
 from rdt_core.transports.cuda_driver import CudaDriverError
 from rdt_core.transports.fused_copy import FusedCopy
@@ -36,7 +36,7 @@ from rdt_core.transports.lifeline import Anchor, Lifeline, LifelineBrokenError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_TICKET_FORMAT = 1
+_TICKET_FORMAT = 2
 _CHECK_EVERY_S = 1.0
 
 
@@ -49,7 +49,8 @@ class CudaIpcTicket:
         device: UUID of its GPU.
         anchor: name of the export's end of the lifeline.
         handles: one an allocation.
-        ranges: (index of the handle, byte offset in its allocation, bytes), one a view, as flat int64.
+        ranges: (index of the handle, then the fields of :class:`rdt_core.row_blocks.Rows` in its allocation),
+            one a view, as flat int64.
     """
 
     host: str
@@ -85,10 +86,11 @@ class CudaIpcTicket:
             )
         return ticket
 
-    def rows(self) -> list[tuple[int, int, int]]:
-        """The ranges, one tuple a view."""
+    def rows(self) -> list[tuple[int, Rows]]:
+        """The ranges, each the index of its handle and its place in that allocation."""
         flat = array("q", self.ranges)
-        return list(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
+        fields = [flat[at :: 1 + len(Rows._fields)] for at in range(1 + len(Rows._fields))]
+        return [(index, Rows(*place)) for index, *place in zip(*fields, strict=True)]
 
 
 class CudaIpcExport:
@@ -110,7 +112,7 @@ class CudaIpcExport:
             device=device_identity(device),
             anchor=self._anchor.name,
             handles=tuple(handles),
-            ranges=array("q", [value for row in rows for value in row]).tobytes(),
+            ranges=array("q", [value for index, place in rows for value in (index, *place)]).tobytes(),
         ).as_bytes()
 
     def refresh(self, version: int) -> None:
@@ -159,12 +161,19 @@ class CudaIpcLink:
     def _map(self, ticket: CudaIpcTicket) -> None:
         for handle in ticket.handles:
             self._mapped.append(cuda_driver.map_allocation(handle))
-        ranges = [
-            RowBlock(self._mapped[index] + offset, target.data_ptr(), nbytes)
-            for (index, offset, nbytes), target in zip(ticket.rows(), self._targets, strict=True)
-            if nbytes
+        blocks = [
+            RowBlock(
+                self._mapped[index] + rows.offset,
+                target.data_ptr(),
+                rows.row_nbytes,
+                rows.num_rows,
+                rows.pitch,
+                target.stride(0) if rows.num_rows > 1 else 0,
+            )
+            for (index, rows), target in zip(ticket.rows(), self._targets, strict=True)
+            if rows.nbytes
         ]
-        self._copy = FusedCopy(ranges, self._device)
+        self._copy = FusedCopy(blocks, self._device)
 
     def pull(self, version: int, *, timeout_s: float) -> None:
         """Copy the export into the targets; sleeps in one C call until the GPU has done it."""
@@ -229,6 +238,7 @@ class CudaIpcTransport:
     """
 
     name = "cuda_ipc"
+    takes_rows = True
 
     def __init__(self) -> None:
         if torch.version.cuda is None or not torch.cuda.is_available():
@@ -252,11 +262,17 @@ class CudaIpcTransport:
                 f"trainer rank {trainer_rank} is on another host. CUDA IPC reaches processes of one host "
                 "only; use transport='nixl'."
             )
-        sizes, offered = [target.numel() for target in targets], [row[2] for row in parsed.rows()]
-        if sizes != offered:
+        wanted, offered = (
+            [_shape_of(target) for target in targets],
+            [(rows.num_rows, rows.row_nbytes) for _, rows in parsed.rows()],
+        )
+        if wanted != offered:
+            num_bytes = [
+                sum(num_rows * nbytes for num_rows, nbytes in shapes) for shapes in (wanted, offered)
+            ]
             raise TransportError(
-                f"targets of {len(sizes)} ranges, {sum(sizes)} bytes, cannot take an export of "
-                f"{len(offered)} ranges, {sum(offered)} bytes. Both sides must replay the same plan."
+                f"targets of {len(wanted)} ranges, {num_bytes[0]} bytes, cannot take an export of "
+                f"{len(offered)} ranges, {num_bytes[1]} bytes. Both sides must replay the same plan."
             )
         return CudaIpcLink(parsed, targets, _device_of(targets), trainer_rank)
 
@@ -277,14 +293,19 @@ def _device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
     return devices.pop()
 
 
-def _share(views: Sequence[torch.Tensor]) -> tuple[list[bytes], list[tuple[int, int, int]]]:
+def _shape_of(view: torch.Tensor) -> tuple[int, int]:
+    """Rows and bytes of a row."""
+    return (1, view.shape[0]) if view.dim() == 1 else (view.shape[0], view.shape[1])
+
+
+def _share(views: Sequence[torch.Tensor]) -> tuple[list[bytes], list[tuple[int, Rows]]]:
     """Handles of all allocations behind the views, and where in them each view lies."""
     handles: dict[int, bytes] = {}
     order: dict[int, int] = {}
     rows = []
     for view in views:
         if not view.numel():
-            rows.append((0, 0, 0))
+            rows.append((0, Rows(0, 0)))
             continue
         address = view.data_ptr()
         try:
@@ -297,7 +318,10 @@ def _share(views: Sequence[torch.Tensor]) -> tuple[list[bytes], list[tuple[int, 
                 "cannot: take expandable_segments:True out of PYTORCH_CUDA_ALLOC_CONF (PYTORCH_ALLOC_CONF)."
             ) from error
         index = order.setdefault(base, len(order))
-        rows.append((index, address - base, view.numel()))
+        num_rows, row_nbytes = _shape_of(view)
+        rows.append(
+            (index, Rows(address - base, row_nbytes, num_rows, view.stride(0) if num_rows > 1 else 0))
+        )
     return list(handles.values()), rows
 
 

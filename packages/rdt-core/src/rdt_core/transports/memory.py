@@ -82,11 +82,11 @@ class MemoryLink:
         self._number: int | None = number
         self._targets = tuple(targets)
         self._trainer_rank = trainer_rank
-        sizes = [target.numel() for target in targets]
-        offered = [view.numel() for view in self._source()]
-        if sizes != offered:
+        shapes = [tuple(target.shape) for target in targets]
+        offered = [tuple(view.shape) for view in self._source()]
+        if shapes != offered:
             raise TransportError(
-                f"targets of {sizes} bytes cannot take an export of {offered} bytes. Both sides must replay "
+                f"targets of {shapes} bytes cannot take an export of {offered} bytes. Both sides must replay "
                 "the same plan."
             )
 
@@ -113,6 +113,7 @@ class MemoryTransport:
     """See :class:`rdt_core.transports.base.Transport`."""
 
     name = "memory"
+    takes_rows = True
 
     def export(self, views: Sequence[torch.Tensor]) -> MemoryExport:
         """Offer live memory to readers of this process."""

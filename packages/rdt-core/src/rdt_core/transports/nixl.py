@@ -208,6 +208,7 @@ class NixlTransport:
     """
 
     name = "nixl"
+    takes_rows = False
 
     def __init__(self) -> None:
         _check_installed()
