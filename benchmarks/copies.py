@@ -6,6 +6,7 @@ python benchmarks/copies.py --json benchmarks/results/copies-h100.json
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 from pathlib import Path
@@ -95,6 +96,33 @@ def measure_ranges() -> dict[str, dict[str, float]]:
     }
 
 
+def measure_rows_between_gpus() -> dict[str, dict[str, float]]:
+    """1.5 GB read from another GPU: end to end, and as rows of half of what lies there, by the rows' size."""
+    near, far = torch.device("cuda:1"), torch.device("cuda:0")
+    nbytes = 1_500_000_000
+    sources = torch.randint(0, 256, (2 * nbytes,), dtype=torch.uint8, device=far)
+    targets = torch.zeros(nbytes, dtype=torch.uint8, device=near)
+    # torch lets the GPUs see each other's memory when it copies, a direction at a time.
+    targets[:64].copy_(sources[:64])
+    sources[:64].copy_(targets[:64])
+    found = {}
+    with torch.cuda.device(near):
+        stream = torch.cuda.current_stream(near)
+        found["1.5 GB from a peer, torch's copy_"] = measure(lambda: targets.copy_(sources[:nbytes]))
+        for row_nbytes in (nbytes, 8192, 3072, 1536, 768, 256, 64, 16):
+            num_rows = nbytes // row_nbytes
+            block = RowBlock(
+                sources.data_ptr(), targets.data_ptr(), row_nbytes, num_rows, 2 * row_nbytes, row_nbytes
+            )
+            fused = FusedCopy([block], near)
+            name = f"1.5 GB from a peer, {num_rows:,} rows of {row_nbytes:,} bytes"
+            found[name] = measure(functools.partial(fused.launch, stream))
+            whole = sources[: 2 * num_rows * row_nbytes].view(num_rows, 2, row_nbytes)[:, 0].to(near)
+            if not torch.equal(whole.reshape(-1), targets[: num_rows * row_nbytes]):
+                raise SystemExit(f"{name}: other bytes came")
+    return found
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -104,6 +132,8 @@ def main() -> None:
     args = parser.parse_args()
     result: dict[str, Any] = {"machine": machine(), "versions": versions()}
     result["results"] = {**measure_model(), **measure_ranges()}
+    if torch.cuda.device_count() > 1:
+        result["results"] |= measure_rows_between_gpus()
     for name, found in result["results"].items():
         print(f"{name:55} {found['median_ms']:.3f} ({found['min_ms']:.3f} to {found['max_ms']:.3f})")
     if args.json:

@@ -87,6 +87,8 @@ class Setup:
         dtype: of the trainers' memory.
         transport: of every link.
         fan_out: whether engines read together, see :meth:`rdt_core.sync.WeightSync.connect`.
+        read_share: of the time in which a staged read moves bytes, see the same.
+        trainer_gpus: how many GPUs, from the first, the trainers have to themselves; 0 for all GPUs to all.
     """
 
     case: str
@@ -98,6 +100,8 @@ class Setup:
     replicas: int = 1
     dtype: str = "bfloat16"
     fan_out: str = "auto"
+    read_share: float = 1.0
+    trainer_gpus: int = 0
 
     def trainer_devices(self) -> list[str]:
         """One a trainer rank."""
@@ -105,11 +109,11 @@ class Setup:
 
     def engine_gpus(self, replica: int) -> list[int]:
         """One an engine rank, counted from the last GPU."""
-        first = replica * self.engines
-        return [(num_gpus() - 1 - rank) % num_gpus() for rank in range(first, first + self.engines)]
+        first, num_free = replica * self.engines, num_gpus() - self.trainer_gpus
+        return [num_gpus() - 1 - rank % num_free for rank in range(first, first + self.engines)]
 
     def _place(self, rank: int) -> str:
-        return self.device if self.device == "cpu" else f"cuda:{rank % num_gpus()}"
+        return self.device if self.device == "cpu" else f"cuda:{rank % (self.trainer_gpus or num_gpus())}"
 
 
 def num_gpus() -> int:
@@ -150,6 +154,7 @@ def measure_ours(
                 transport=setup.transport,
                 mode=mode,
                 fan_out=setup.fan_out,
+                read_share=setup.read_share,
                 timeout_s=TIMEOUT_S,
             )
         )
@@ -344,6 +349,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--engines", type=int, default=1, help="tensor-parallel ranks of each engine")
     parser.add_argument("--replicas", type=int, default=1, help="engines")
     parser.add_argument("--fan-out", choices=["auto", "always", "never"], default="auto")
+    parser.add_argument("--read-share", type=float, default=1.0, help="of the time, for staged reads")
+    parser.add_argument(
+        "--trainer-gpus",
+        type=int,
+        default=0,
+        help="GPUs for trainers alone, fewer than there are; default all",
+    )
     parser.add_argument("--dtype", default="bfloat16", help="of the trainers' memory")
     parser.add_argument("--transport", help="by default cuda_ipc on CUDA, nixl on CPU")
     parser.add_argument("--modes", default="staged,inplace", help="by comma")
@@ -367,6 +379,8 @@ def main() -> None:
         replicas=args.replicas,
         dtype=args.dtype,
         fan_out=args.fan_out,
+        read_share=args.read_share,
+        trainer_gpus=args.trainer_gpus,
     )
     available = dict(REFERENCES[args.device])
     if args.device == "cuda" and num_gpus() > 1:

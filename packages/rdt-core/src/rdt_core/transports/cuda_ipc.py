@@ -32,6 +32,7 @@ from rdt_core.transports.cuda_driver import CudaDriverError
 from rdt_core.transports.fused_copy import FusedCopy
 from rdt_core.transports.host_signal import HostSignal
 from rdt_core.transports.lifeline import Anchor, Lifeline, LifelineBrokenError
+from rdt_core.transports.watched_storages import WatchedStorages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,17 +97,15 @@ class CudaIpcTicket:
 class CudaIpcExport:
     """See :class:`rdt_core.transports.base.Export`. Keeps the storages, so that no allocation is freed."""
 
-    def __init__(self, views: Sequence[torch.Tensor], device: torch.device) -> None:
+    def __init__(self, views: Sequence[torch.Tensor], device: torch.device, watched: WatchedStorages) -> None:
         self._views = tuple(views)
-        self._storages = tuple(
-            {view.untyped_storage().data_ptr(): view.untyped_storage() for view in views}.values()
-        )
-        self._places = _places(self._storages)
+        self._watched = watched
         with torch.cuda.device(device):
             # Whatever was written before a reader came is there; later writes are publish's to wait for.
             torch.cuda.synchronize()
             handles, rows = _share(self._views)
         self._anchor = Anchor()
+        self._addresses = watched.add(view.untyped_storage() for view in self._views)
         self.ticket: object = CudaIpcTicket(
             host=host_identity(),
             device=device_identity(device),
@@ -117,18 +116,14 @@ class CudaIpcExport:
 
     def refresh(self, version: int) -> None:
         """Nothing to copy; refuses memory that was freed while it was exported, which readers still map."""
-        found = _places(self._storages)
-        if found != self._places:
-            moved = next(before for before, now in zip(self._places, found, strict=True) if before != now)
-            raise TransportError(
-                f"{moved[1]} bytes that engines read by CUDA IPC were freed or resized before version "
-                f"{version}. Keep parameters where they were at attach, or attach again."
-            )
+        self._watched.check(version)
 
     def close(self) -> None:
         """Break the reader's lifeline and let the memory go."""
         self._anchor.close()
-        self._views = self._storages = self._places = ()
+        addresses, self._addresses = self._addresses, frozenset()
+        self._watched.remove(addresses)
+        self._views = ()
 
 
 class CudaIpcLink:
@@ -245,6 +240,7 @@ class CudaIpcTransport:
             raise TransportUnavailableError(
                 "cuda_ipc", "this process sees no NVIDIA GPU", "Use transport='nixl'."
             )
+        self._watched = WatchedStorages()
 
     def export(self, views: Sequence[torch.Tensor]) -> CudaIpcExport:
         """Share the views' allocations with readers of this host.
@@ -252,7 +248,7 @@ class CudaIpcTransport:
         Raises:
             TransportError: the views are not on one GPU, or of a kind of memory that cannot be shared.
         """
-        return CudaIpcExport(views, _device_of(views))
+        return CudaIpcExport(views, _device_of(views), self._watched)
 
     def open(self, ticket: object, targets: Sequence[torch.Tensor], *, trainer_rank: int) -> CudaIpcLink:
         """Map the export for the targets' device."""
@@ -275,12 +271,6 @@ class CudaIpcTransport:
                 f"{len(offered)} ranges, {num_bytes[1]} bytes. Both sides must replay the same plan."
             )
         return CudaIpcLink(parsed, targets, _device_of(targets), trainer_rank)
-
-
-def _places(storages: Sequence[torch.UntypedStorage]) -> tuple[tuple[int, int], ...]:
-    """Address and bytes of each, by as little as that takes: every publish asks for thousands."""
-    addresses = map(torch.UntypedStorage.data_ptr, storages)
-    return tuple(zip(addresses, map(torch.UntypedStorage.nbytes, storages), strict=True))
 
 
 def _device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
