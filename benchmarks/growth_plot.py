@@ -1,6 +1,6 @@
 """Draws what ``growth.py`` measured: two panels on logarithmic axes, as an SVG of lines and words.
 
-python benchmarks/growth_plot.py benchmarks/results/growth-h100.json docs/images/growth.svg
+python benchmarks/growth_plot.py benchmarks/results/growth-h200.json docs/images/growth.svg
 """
 
 from __future__ import annotations

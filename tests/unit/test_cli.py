@@ -89,6 +89,17 @@ def test_plan_reports_bytes_ways_and_balance(config: str) -> None:
     assert "How bytes land" in shown
 
 
+def test_plan_reads_columns_as_the_transport_takes_them(config: str) -> None:
+    layouts = ("--trainer", "fsdp:dp=2", "--engine", "vllm:tp=2")
+    by_nixl = read_json("plan", config, *layouts)
+    by_ipc = read_json("plan", config, *layouts, "--transport", "cuda_ipc")
+    assert by_nixl["ways"].keys() == {"direct", "packed"}
+    assert by_ipc["ways"].keys() == {"direct", "rows"}
+    assert any(rank["arena_nbytes"] for rank in by_nixl["ranks"])
+    assert not any(rank["arena_nbytes"] for rank in by_ipc["ranks"])
+    assert "Use one of" in run("plan", config, *layouts, "--transport", "pigeon", code=2)
+
+
 def test_plan_shows_what_goes_through_the_engines_own_loader_whole_and_why(config: str) -> None:
     layouts = ("--trainer", "fsdp:dp=2", "--engine", "vllm:tp=2")
     plain = read_json("plan", config, *layouts)

@@ -17,6 +17,7 @@ PURE = (
     "rdt_core.fan_out",
     "rdt_core.layout",
     "rdt_core.lifecycle",
+    "rdt_core.link_prices",
     "rdt_core.lowering",
     "rdt_core.manifest",
     "rdt_core.mode",

@@ -24,11 +24,13 @@ from rdt_core.cli.inputs import (
     manifests_of,
 )
 from rdt_core.cli.output import print_json, print_lines, print_table, show_bytes
+from rdt_core.link_prices import cost_over
 from rdt_core.models.parameter import build_manifest
 from rdt_core.models.reloaded import ReloadedLayout
 from rdt_core.plan_summary import MEANINGS, PlanSummary, imbalance
 from rdt_core.planner import build_plan_from
 from rdt_core.sources import SourceIndex
+from rdt_core.transports import known_transports
 
 _MAX_ROWS = 32
 
@@ -41,6 +43,13 @@ def _parse_pattern(text: str) -> re.Pattern[str]:
         raise typer.BadParameter(f"{text!r} is no regular expression: {error}.") from None
 
 
+def _parse_transport(text: str) -> str:
+    """For typer: a transport's name, or a usage error."""
+    if text not in known_transports():
+        raise typer.BadParameter(f"{text!r} is no transport. Use one of {', '.join(known_transports())}.")
+    return text
+
+
 def run(  # noqa: PLR0913, PLR0917  options of the command line
     model_config: ModelArgument = None,
     preset: PresetOption = None,
@@ -48,6 +57,14 @@ def run(  # noqa: PLR0913, PLR0917  options of the command line
     engine: EngineOption = None,
     trainers: TrainersOption = None,
     rank: Annotated[int | None, typer.Option(min=0, help="Plan this engine rank only.")] = None,
+    transport: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            parser=_parse_transport,
+            help="Of every link, which decides how columns are read: nixl, or cuda_ipc inside a node.",
+        ),
+    ] = "nixl",
     reload: Annotated[
         re.Pattern[str] | None,
         typer.Option(
@@ -63,8 +80,8 @@ def run(  # noqa: PLR0913, PLR0917  options of the command line
 ) -> None:
     """Plan the reads of one engine's ranks: bytes by trainer rank, how they land and why, balance, memory.
 
-    The planner is the one that runs at connect. A mixture of experts with large tensor-parallel engines takes
-    a minute; --rank N plans one rank in seconds.
+    The planner is the one that runs at connect, at the prices of one transport for all links. A mixture of
+    experts with large tensor-parallel engines takes a minute; --rank N plans one rank in seconds.
     """
     scenario = find_scenario(model_config, preset, trainer, engine, trainers)
     held, served = scenario.both()
@@ -73,13 +90,14 @@ def run(  # noqa: PLR0913, PLR0917  options of the command line
     if rank is not None and rank >= served.world_size:
         raise typer.BadParameter(f"--rank {rank} is not one of the engine's {served.world_size} ranks.")
     sources = SourceIndex(manifests_of(held))
+    cost = cost_over(dict.fromkeys(range(held.world_size), transport), "auto")
     summary = PlanSummary()
     ranks = range(served.world_size) if rank is None else [rank]
     console = Console(stderr=True)
     is_quiet = as_json or not console.is_terminal
     for each in track(ranks, "planning", console=console, transient=True, disable=is_quiet):
         manifest = build_manifest(served, each, f"engine-{each // 8}")
-        summary.add(manifest, build_plan_from(manifest, sources))
+        summary.add(manifest, build_plan_from(manifest, sources, cost=cost))
     if html is not None:
         write_heat_map(html, _title(scenario), summary, held.world_size)
     if as_json:
