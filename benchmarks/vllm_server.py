@@ -182,7 +182,7 @@ def run_syncs(sync: WeightSync, trainer: Any, numbers: range, kv_cache: str) -> 
             {
                 "publish": publish_ended - publish_began,
                 "prepare": report.prepare_s,
-                "read": report.ranks[0].prepare_s,
+                "read": max(rank.prepare_s for rank in report.ranks),
                 "commit_request": report.total_s - report.prepare_s - report.publish_wait_s,
                 "commit": report.commit_s,
                 "stall": report.stall_s,
@@ -240,7 +240,7 @@ class Session:
             "before": difference(prompt_logprobs(url)),
         }
         with WeightSync.connect("vllm", engines=[url], timeout_s=TIMEOUT_S) as sync:
-            self.note("connected", next(iter(sync.engines.values()))[0])
+            self.note("connected", next(iter(sync.engines.values())))
             for version in self.versions(3, odd=True):
                 run_syncs(sync, trainer, range(version, version + 1), "recompute")
                 name = "after the checkpoint's weights" if version % 2 else "after other weights"
@@ -314,6 +314,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--logs", type=Path, default=Path("/tmp"))  # noqa: S108  of a benchmark
+    parser.add_argument("--serve", default="", help='more for both servers, "--tensor-parallel-size 2"')
     parser.add_argument("--seconds", type=float, default=3600.0, help="after which no part is begun")
     args = parser.parse_args()
     session = Session(args.json, time.monotonic() + args.seconds)
@@ -326,11 +327,12 @@ def main() -> None:
         ipc = ("--weight-transfer-config", '{"backend":"ipc"}') if is_gpu else ()
         flag = ("--weight-sync", "rdt", "--load-format", "dummy")
         servers = (
-            vllm_server(folder, args.logs / "vllm-rdt.log", *flag),
-            vllm_server(folder, args.logs / "vllm-plain.log", *ipc, **IPC_ENV),
+            vllm_server(folder, args.logs / "vllm-rdt.log", *flag, *args.serve.split()),
+            vllm_server(folder, args.logs / "vllm-plain.log", *ipc, *args.serve.split(), **IPC_ENV),
         )
         with ThreadPoolExecutor() as pool:
             url, plain = pool.map(lambda server: start(stack, server), servers)
+        session.note("serve", args.serve)
         session.note("start_s", round(time.perf_counter() - started, 1))
         if url is None:
             raise SystemExit("the server with --weight-sync rdt did not start")

@@ -70,10 +70,9 @@ def _call(engine: Engine, method: str, payload: dict[str, Any]) -> RdtError | No
 
 
 def _export_requests() -> st.SearchStrategy[tuple[str, dict[str, Any]]]:
-    ranges = st.lists(
-        st.tuples(st.sampled_from(("w", "arena", "x")), st.integers(-8, 300), st.integers(-8, 300)),
-        max_size=4,
-    )
+    window, number = st.sampled_from(("w", "arena:", "x")), st.integers(-8, 300)
+    rows = st.tuples(window, number, st.integers(-1, 40), st.integers(-1, 12), st.integers(-1, 64))
+    ranges = st.lists(st.tuples(window, number, number) | rows, max_size=4)
     item = st.tuples(
         st.sampled_from(("w", "x")),
         st.integers(-4, 300),
