@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+import torch
+from fastapi import FastAPI
 
-from rdt_core import connection, relay
+from rdt_core import connection, link_plans, relay
+from rdt_core.engine_routes import make_router
 from rdt_core.engine_rpc import parse_connect
 from rdt_core.errors import RdtError, UpdateFailedError, WireFormatError
-from tests.local_group import LocalGroup, local_group, wait_for
+from rdt_core.subscriber import WeightSubscriber
+from tests.integration.columns import Columns, EngineRank
+from tests.integration.toy_engine import ToyBackend
+from tests.integration.toy_trainer import SHAPES, values_of
+from tests.local_group import LocalGroup, local_group, serve, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,6 +74,41 @@ def test_every_byte_comes_from_the_trainers_once(sync: WeightSync, group: LocalG
         assert all(row.neighbours_nbytes > whole / 2 for row in report.ranks)
     assert sync.status()["engines"][0]["num_shares"] == 3
     assert sync.status()["lending"] == []
+
+
+class ColumnBackend(ToyBackend):
+    """An engine that needs the second half of every matrix's columns, as a tensor-parallel rank does."""
+
+    def __init__(self, group: LocalGroup) -> None:
+        self.columns = Columns(SHAPES, 1, 2, torch.float32)
+        self.subscriber = WeightSubscriber(EngineRank(self.columns, 0, 1), channel=group.channel)
+        self._model_thread = ThreadPoolExecutor(max_workers=1)
+
+    def serve(self) -> contextlib.AbstractContextManager[str]:
+        app = FastAPI()
+        app.include_router(make_router(lambda request: self, ()))
+        return serve(app)
+
+
+@pytest.mark.parametrize("read_share", [1.0, 0.9])
+def test_rows_are_shared_and_cut_where_shares_and_pieces_meet(
+    group: LocalGroup, read_share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_plans, "piece_nbytes", lambda _: 1000)
+    backends = [ColumnBackend(group) for _ in range(3)]
+    with contextlib.ExitStack() as stack:
+        urls = [stack.enter_context(backend.serve()) for backend in backends]
+        sync = stack.enter_context(group.connect(*urls, fan_out="always", read_share=read_share))
+        for verify in (None, "digest", None):
+            version = group.write_and_publish()
+            report = sync.update(version, verify=verify)
+            assert bytes_from_trainers(report) == report.ranks[0].read_nbytes
+            assert report.arena_bytes == 0
+            for backend in backends:
+                for name, shape in SHAPES.items():
+                    whole = values_of(name, shape, version, torch.float32)
+                    held = backend.columns.parameter(name)
+                    assert torch.equal(held, backend.columns.part(name, whole)), name
 
 
 def test_engines_that_are_asked_ahead_read_together_too(sync: WeightSync, group: LocalGroup) -> None:
