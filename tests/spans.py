@@ -25,7 +25,6 @@ SYNC_TREE = frozenset(
         ("rdt.sync", "rdt.engine.prepare 0"),
         ("rdt.prepare", "rdt.coordinator.wait_prepared"),
         ("rdt.engine.prepare 0", "rdt.engine.read 0"),
-        ("rdt.engine.read 0", "rdt.coordinator.await_published"),
         ("rdt.engine.read 0", "rdt.coordinator.begin_read"),
         ("rdt.engine.read 0", "rdt.coordinator.ask"),
         ("rdt.coordinator.ask", "rdt.trainer.digest_reads 0"),

@@ -220,6 +220,27 @@ def test_a_writer_waits_for_leases_and_nobody_takes_new_ones(client: Coordinator
     assert cut_off == []
 
 
+def test_readers_that_wait_have_their_leases_before_a_writer_can_take_the_version_back(
+    client: CoordinatorClient,
+) -> None:
+    client.attach(0, 1, "a", b"")
+    for rank in range(2):
+        client.join("http://a", rank, {})
+    assert client.start_read("http://a", 0, 1, "", 60.0, 0.01)() == 0
+    assert client.check_version(1, "", 0.01) == ""
+    waits = [client.start_read("http://a", rank, 1, "", 60.0, 30.0) for rank in range(2)]
+    client.publish(0, "a", 1)
+    writer = threading.Thread(target=client.release, args=(0, "a", 60.0))
+    writer.start()
+    leases = [wait() for wait in waits]
+    assert all(leases)
+    for lease in leases:
+        assert writer.is_alive()
+        client.end_read(lease, 1)
+    writer.join(30)
+    assert not writer.is_alive()
+
+
 def test_a_writer_that_waited_long_enough_revokes_the_leases_and_names_their_readers(
     client: CoordinatorClient,
 ) -> None:

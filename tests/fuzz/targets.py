@@ -149,7 +149,7 @@ CALL_FIELDS: dict[str, tuple[object, ...]] = {
 """What a call of each of the line's methods looks like."""
 
 LENT_CALLS: tuple[tuple[object, ...], ...] = (
-    ("a", "begin_read_when_published", "b", 0, 1, "", 1.0, 0.0),
+    ("a", "begin_read", "b", 0, 1, "", 1.0, 0.0),
     ("a", "end_read", 1, 1),
     ("a", "publish", 0, "i", 1, 0),
 )

@@ -420,25 +420,26 @@ class CoordinatorClient:
             self._channel.call("await_published", version, timeout_s, timeout_s=timeout_s + CALL_TIMEOUT_S),
         )
 
-    def check_version(self, version: int, topology: str = "") -> str:
-        """Whether every trainer rank holds ``version`` now; returns the coordinator's life."""
-        return cast("str", self._channel.call("check_version", version, topology, timeout_s=CALL_TIMEOUT_S))
+    def check_version(self, version: int, topology: str = "", wait_s: float = 0.0) -> str:
+        """Whether every trainer rank holds ``version``, which is waited for ``wait_s`` at most.
 
-    def begin_read(self, engine: str, rank: int, version: int, topology: str, timeout_s: float) -> int:
-        """Take a lease on a version; returns its number."""
-        return cast(
-            "int",
-            self._channel.call(
-                "begin_read", engine, rank, version, topology, timeout_s, timeout_s=CALL_TIMEOUT_S
-            ),
-        )
+        Returns:
+            The coordinator's life; nothing where waiting is not over.
+        """
+        asked = (version, topology, wait_s)
+        return cast("str", self._channel.call("check_version", *asked, timeout_s=wait_s + CALL_TIMEOUT_S))
 
-    def start_read_when_published(
+    def begin_read(
+        self, engine: str, rank: int, version: int, topology: str, timeout_s: float, wait_s: float = 0.0
+    ) -> int:
+        """Take a lease on a version, which is waited for ``wait_s`` at most; its number, 0 for none."""
+        return self.start_read(engine, rank, version, topology, timeout_s, wait_s)()
+
+    def start_read(
         self, engine: str, rank: int, version: int, topology: str, timeout_s: float, wait_s: float
     ) -> Callable[[], int]:
-        """Ask a lender for a lease on what it publishes within ``wait_s``; returns what waits, 0 for none."""
-        asked = (engine, rank, version, topology, timeout_s, wait_s)
-        wait = self._channel.start("begin_read_when_published", *asked)
+        """:meth:`begin_read` without waiting; returns what waits for the answer."""
+        wait = self._channel.start("begin_read", engine, rank, version, topology, timeout_s, wait_s)
         return lambda: int(wait(wait_s + CALL_TIMEOUT_S))
 
     def start_end_read(self, lease: int, version: int) -> Callable[[], None]:

@@ -110,8 +110,44 @@ class Connection:
         """Whether versions are read into the parameters themselves, at commit."""
         return self.mode == INPLACE
 
+    def admit(self, version: int, timeout_s: float, wait_s: float) -> int | None:
+        """Wait for a version, and be admitted to it at once: no trainer rank can take it back in between.
+
+        Called by the reader's thread without ``lock``. Blocks, ``wait_s`` seconds at most and for the
+        coordinator's answer.
+
+        Args:
+            version: to read.
+            timeout_s: that the lease lasts, in seconds.
+            wait_s: for the version.
+
+        Returns:
+            None where waiting is not over. A lease, for :meth:`read` or :meth:`give_up`; in place, where
+            versions are read at commit, 1. Where an engine lends, which has what it has, 0: ask it.
+
+        Raises:
+            RdtError: nothing can be read; the read that follows finds out for itself.
+        """
+        if self.is_borrowing:
+            return 0 if self.client.await_published(version, wait_s) else None
+        if self.is_in_place:
+            return 1 if self.source.check_version(version, self.topology, wait_s) else None
+        reader = self.request.engine, self.engine_rank
+        return self.source.begin_read(*reader, version, self.topology, timeout_s, wait_s) or None
+
+    def give_up(self, lease: int) -> None:
+        """Of a lease of :meth:`admit` that will not be read under."""
+        if lease and not self.is_in_place:
+            with contextlib.suppress(RdtError):
+                self.source.drop_lease(lease)
+
     def read(
-        self, version: int, timeout_s: float, before_pull: Callable[[], None], verify: str | None
+        self,
+        version: int,
+        timeout_s: float,
+        before_pull: Callable[[], None],
+        verify: str | None,
+        lease: int = 0,
     ) -> None:
         """Bring every byte to its target under a lease, and assemble the reload buffers. Holding ``lock``.
 
@@ -121,12 +157,13 @@ class Connection:
             before_pull: called before every link's pull; may raise, for a read that is not wanted any more.
                 Also called while a neighbour is waited for.
             verify: ``"digest"`` to compare what was read with what the trainers hold, by digests.
+            lease: of :meth:`admit`, where there is one.
 
         Raises:
             VersionError: the trainers do not hold this version throughout, or the read was aborted.
             TransportError: bytes did not arrive.
         """
-        lease = self._begin_read(version, timeout_s)
+        lease = lease or self._begin_read(version, timeout_s)
         try:
             self._pull(version, timeout_s, before_pull)
             if verify is not None:

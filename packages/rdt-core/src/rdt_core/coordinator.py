@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import time
 import uuid
@@ -16,6 +17,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from rdt_core import tracing
+from rdt_core.awaited_versions import AwaitedVersions
 from rdt_core.errors import (
     ConfigError,
     CoordinatorLostError,
@@ -29,7 +31,7 @@ from rdt_core.errors import (
     SupersededError,
     TopologyChangedError,
 )
-from rdt_core.known_trainer import KnownTrainer
+from rdt_core.known_trainer import KnownTrainer, ranks_behind, ranks_writing, topology_of
 from rdt_core.leases import LeaseBook
 from rdt_core.timeouts import check_timeout
 from rdt_core.words import NOTHING_SAID, LastWords, Outcome, TrainerTask
@@ -58,6 +60,7 @@ class Coordinator:
     def __init__(self, group: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._group = group
         self._clock = clock
+        self._awaited_versions = AwaitedVersions(clock, self._is_decided)
         self._leases = LeaseBook(clock)
         self._session = uuid.uuid4().hex
         self._life = uuid.uuid4().hex
@@ -263,7 +266,7 @@ class Coordinator:
 
     async def topology(self) -> str:
         """Identifies the trainer processes; another one when any was replaced."""
-        return self._topology()
+        return topology_of(self._trainers)
 
     async def wait_published(self, version: int, timeout_s: float) -> tuple[str, int]:
         """Until every trainer rank has published exactly ``version``.
@@ -271,8 +274,9 @@ class Coordinator:
         Returns:
             What names this life of the coordinator, for :meth:`wait_prepared`, and the bytes of all arenas.
         """
-        await self.await_published(version, timeout_s)
-        await self.check_version(version, waited_s=timeout_s)
+        timeout_s = check_timeout(timeout_s)
+        if await self._awaited_versions.wait(version, lambda: self._check(version), timeout_s) is None:
+            self._check(version, waited_s=timeout_s)
         await self._tell_trace(version)
         return self._life, sum(trainer.arena_bytes for trainer in self._trainers.values())
 
@@ -282,7 +286,7 @@ class Coordinator:
         Called by an engine rank that was asked to read before the version was there. True says nothing of the
         version but that waiting is over: :meth:`begin_read` and :meth:`check_version` say whether it is held.
         """
-        return await self._wait(lambda: not self._behind(version) or bool(self._released(version)), timeout_s)
+        return bool(await self._awaited_versions.wait(version, lambda: True, check_timeout(timeout_s)))
 
     async def _tell_trace(self, version: int) -> None:
         """Tell trainer ranks to which trace their publish of ``version`` belongs, if there is one."""
@@ -297,40 +301,57 @@ class Coordinator:
         with tracing.continued(f"rdt.coordinator.{method}", traceparent, group=self._group):
             return await getattr(self, method)(*args)
 
-    async def check_version(self, version: int, topology: str = "", waited_s: float = 0.0) -> str:
-        """Whether every trainer rank holds ``version`` now.
+    async def check_version(self, version: int, topology: str = "", wait_s: float = 0.0) -> str:
+        """Whether every trainer rank holds ``version``, in the moment in which it is published.
 
         Args:
             version: as published.
             topology: that the trainer processes must have; any if empty.
-            waited_s: for the error's text.
+            wait_s: to wait for it, at most.
 
         Returns:
-            What names this life of the coordinator.
+            What names this life of the coordinator; nothing where waiting is not over.
         """
+        if not wait_s:
+            return self._check(version, topology)
+        check = functools.partial(self._check, version, topology)
+        return await self._awaited_versions.wait(version, check, check_timeout(wait_s)) or ""
+
+    def _check(self, version: int, topology: str = "", waited_s: float = 0.0) -> str:
         ahead = max((trainer.version for trainer in self._trainers.values()), default=0)
         if ahead > version:
             raise SupersededError(version, ahead)
-        behind = self._behind(version)
+        behind = ranks_behind(self._trainers, self._world_size, version)
         if behind:
             raise NotPublishedError(version, behind, waited_s)
-        released = self._released(version)
+        released = ranks_writing(self._trainers, version)
         if released:
             raise ReleasedError(version, released)
-        if topology not in ("", self._topology()):
+        if topology not in ("", topology_of(self._trainers)):
             raise TopologyChangedError(self._group, "another process has taken the place of a rank")
         return self._life
 
-    async def begin_read(self, engine: str, rank: int, version: int, topology: str, timeout_s: float) -> int:
+    async def begin_read(
+        self, engine: str, rank: int, version: int, topology: str, timeout_s: float, wait_s: float = 0.0
+    ) -> int:
         """An engine rank begins to read: a lease, which ends after ``timeout_s`` seconds at the latest.
 
+        With ``wait_s`` it is taken when the version is published, before a trainer rank can take that back.
+
         Returns:
-            The lease's number, for :meth:`end_read`.
+            The lease's number, for :meth:`end_read`; 0 where waiting is not over after ``wait_s`` seconds.
         """
-        if (engine, rank) not in self._engines:
-            raise ForgottenError(self._group, f"rank {rank} of engine {engine}")
-        await self.check_version(version, topology)
-        return self._leases.take((engine, rank), version, check_timeout(timeout_s))
+        timeout_s = check_timeout(timeout_s)
+
+        def begin() -> int:
+            if (engine, rank) not in self._engines:
+                raise ForgottenError(self._group, f"rank {rank} of engine {engine}")
+            self._check(version, topology)
+            return self._leases.take((engine, rank), version, timeout_s)
+
+        if not wait_s:
+            return begin()
+        return await self._awaited_versions.wait(version, begin, check_timeout(wait_s)) or 0
 
     async def end_read(self, lease: int, version: int) -> None:
         """An engine rank has read everything; raises unless the version was there all the time.
@@ -343,7 +364,7 @@ class Coordinator:
         if not held or ahead > version:
             # It was published: a rank that does not hold it now has left since, and the lease says more.
             with contextlib.suppress(NotPublishedError):
-                await self.check_version(version)
+                self._check(version)
             raise LeaseLostError(version)
 
     async def drop_lease(self, lease: int) -> None:
@@ -412,14 +433,8 @@ class Coordinator:
             "life": self._life,
             "world_size": self._world_size,
             "trainers": {
-                rank: {
-                    "version": t.version,
-                    "writing": t.is_writing,
-                    "silent_s": round(now - t.last_seen, 3),
-                    "alive": not self._is_silent(t),
-                    "arena_bytes": t.arena_bytes,
-                }
-                for rank, t in sorted(self._trainers.items())
+                rank: {**trainer.describe(now), "alive": not self._is_silent(trainer)}
+                for rank, trainer in sorted(self._trainers.items())
             },
             "leases": [
                 {"engine": lease.reader[0], "rank": lease.reader[1], "version": lease.version}
@@ -439,9 +454,6 @@ class Coordinator:
             raise GroupInUseError(self._group, rank)
         return trainer
 
-    def _topology(self) -> str:
-        return ",".join(f"{rank}:{trainer.instance}" for rank, trainer in sorted(self._trainers.items()))
-
     def _is_silent(self, trainer: KnownTrainer) -> bool:
         return self._clock() - trainer.last_seen > SILENT_S
 
@@ -457,18 +469,13 @@ class Coordinator:
             r for r in ranks if r not in self._trainers and (not self._world_size or r < self._world_size)
         }
 
-    def _behind(self, version: int) -> tuple[int, ...]:
-        held = {rank: trainer.version for rank, trainer in self._trainers.items()}
-        # Before the first rank has introduced itself nobody holds anything.
-        return tuple(rank for rank in range(max(1, self._world_size)) if held.get(rank, 0) < version)
-
-    def _released(self, version: int) -> tuple[int, ...]:
-        """Ranks that published ``version`` and have begun to write again."""
-        return tuple(
-            rank for rank, t in sorted(self._trainers.items()) if t.version == version and t.is_writing
+    def _is_decided(self, version: int) -> bool:
+        return not ranks_behind(self._trainers, self._world_size, version) or bool(
+            ranks_writing(self._trainers, version)
         )
 
     async def _notify(self) -> None:
+        self._awaited_versions.settle()
         async with self._changed:
             self._changed.notify_all()
 

@@ -48,7 +48,6 @@ METHODS = frozenset(
 """What may be called here: the coordinator's methods of plain values that lie on the way of a sync."""
 
 _OF_LENDER = "of_lender"
-_OF_LENDER_METHODS = METHODS | {"begin_read_when_published"}
 
 
 def is_taken(method: Any, args: Sequence[object]) -> bool:
@@ -57,7 +56,7 @@ def is_taken(method: Any, args: Sequence[object]) -> bool:
     See :meth:`rdt_core.peers.GroupCoordinator.of_lender`.
     """
     if method == _OF_LENDER:
-        return len(args) > 1 and args[1] in _OF_LENDER_METHODS
+        return len(args) > 1 and args[1] in METHODS
     return method in METHODS
 
 

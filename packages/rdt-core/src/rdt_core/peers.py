@@ -25,7 +25,6 @@ LENT_METHODS = frozenset(
         "ask",
         "attach",
         "begin_read",
-        "begin_read_when_published",
         "check_version",
         "detach",
         "drop_lease",
@@ -54,14 +53,6 @@ def landing_name(engine: str, rank: int) -> str:
 
 class LenderCoordinator(Coordinator):
     """The coordinator of what one engine lends: its ranks are the trainer ranks of it."""
-
-    async def begin_read_when_published(
-        self, engine: str, rank: int, version: int, topology: str, timeout_s: float, wait_s: float
-    ) -> int:
-        """:meth:`begin_read` of what is published within ``wait_s`` seconds; 0 where it is not yet."""
-        if not await self.await_published(version, wait_s):
-            return 0
-        return await self.begin_read(engine, rank, version, topology, timeout_s)
 
     @property
     def is_deserted(self) -> bool:

@@ -286,7 +286,7 @@ class Relay:
             return None
         left_s = turn.left_s()
         try:
-            return source.client.start_read_when_published(
+            return source.client.start_read(
                 *self._me, turn.number, source.topology, left_s, min(left_s, turn.patience_s, _LOOK_S)
             )
         except RdtError as error:

@@ -185,9 +185,10 @@ class WeightSubscriber:
         def read_and_report() -> None:
             try:
                 self._gather(connection, number, version, circle, turn)
+                lease = 0
                 if awaits_publication:
-                    self._await_publication(connection, number, version, timeout_s)
-                self._read(connection, number, version, timeout_s, verify)
+                    lease = self._await_publication(connection, number, version, timeout_s)
+                self._read(connection, number, version, timeout_s, verify, lease)
                 outcome = Outcome({"version": version, "prepare_s": connection.read_s})
             except RdtError as error:
                 outcome = Outcome(error=error)
@@ -199,24 +200,25 @@ class WeightSubscriber:
 
         connection.reader.start(read)
 
-    def _await_publication(
-        self, connection: Connection, attempt: int, version: int, timeout_s: float
-    ) -> None:
+    def _await_publication(self, connection: Connection, attempt: int, version: int, timeout_s: float) -> int:
         """Until there is something to read, or the read is not wanted any more, or time is up.
 
-        Says nothing of how it ended: the read that follows finds out, and has the errors for it.
+        Returns what :meth:`Connection.admit` does, or 0. Says no more of how it ended: the read that follows
+        finds out, and has the errors for it.
         """
         deadline = time.monotonic() + timeout_s
         self._is_awaiting = True
         try:
             while self._life.is_wanted(attempt) and (left_s := deadline - time.monotonic()) > 0:
-                if connection.client.await_published(version, min(left_s, _WAIT_LOOK_S)):
-                    return
+                admitted = connection.admit(version, timeout_s, min(left_s, _WAIT_LOOK_S))
+                if admitted is not None:
+                    return admitted
         except RdtError as error:
             # It is the coordinator's, and the read will meet it too.
             logger.debug("rank %d: waiting for version %d failed: %s", self._model.rank, version, error)
         finally:
             self._is_awaiting = False
+        return 0
 
     def _gather(self, connection: Connection, attempt: int, version: int, circle: Circle, turn: int) -> None:
         """With whom the read that follows is shared; nobody for an empty circle."""
@@ -231,13 +233,26 @@ class WeightSubscriber:
             connection.close_when_idle()
 
     def _read(
-        self, connection: Connection, attempt: int, version: int, timeout_s: float, verify: str | None
+        self,
+        connection: Connection,
+        attempt: int,
+        version: int,
+        timeout_s: float,
+        verify: str | None,
+        lease: int = 0,
     ) -> None:
-        """Body of a prepare, in the caller's thread or in a reader's."""
+        """Body of a prepare, in the caller's thread or in a reader's.
+
+        ``lease``: of :meth:`Connection.admit`.
+        """
         try:
             with connection.lock:
-                self._life.check_wanted(attempt, version)
-                self._read_or_check(connection, attempt, version, timeout_s, verify)
+                try:
+                    self._life.check_wanted(attempt, version)
+                except BaseException:
+                    connection.give_up(lease)
+                    raise
+                self._read_or_check(connection, attempt, version, timeout_s, verify, lease)
                 # What is prepared may be committed at any time, so nobody may read the parameters any more.
                 self._lending.take_back(min(timeout_s, GRACE_S))
                 self._life.end_read(attempt, version)
@@ -248,16 +263,23 @@ class WeightSubscriber:
             connection.close_when_idle()
 
     def _read_or_check(
-        self, connection: Connection, attempt: int, version: int, timeout_s: float, verify: str | None
+        self,
+        connection: Connection,
+        attempt: int,
+        version: int,
+        timeout_s: float,
+        verify: str | None,
+        lease: int,
     ) -> None:
-        def read() -> None:
-            if connection.is_in_place:
+        def read(lease: int = 0) -> None:
+            if not connection.is_in_place:
+                check_wanted = functools.partial(self._life.check_wanted, attempt, version)
+                connection.read(version, timeout_s, check_wanted, verify, lease)
+            elif not lease:
                 connection.check(version)
-            else:
-                connection.read(version, timeout_s, lambda: self._life.check_wanted(attempt, version), verify)
 
         try:
-            read()
+            read(lease)
         except TopologyChangedError as error:
             logger.info("rank %d plans again: %s", self._model.rank, error.detail)
             connection.relink()
