@@ -35,7 +35,7 @@ def build_plan(engine: Manifest, trainers: Sequence[Manifest], *, cost: ReadCost
     """The plan of one engine rank. Called once at connect, by the subscriber; takes seconds at most.
 
     Every element of every engine shard is copied from exactly one trainer rank, and no byte of a trainer
-    rank's own memory is read twice.
+    rank's own memory is read twice, except where two pieces are read as rows of boxes that overlap.
 
     Args:
         engine: what the engine rank wants filled.

@@ -258,17 +258,12 @@ class CudaIpcTransport:
                 f"trainer rank {trainer_rank} is on another host. CUDA IPC reaches processes of one host "
                 "only; use transport='nixl'."
             )
-        wanted, offered = (
-            [_shape_of(target) for target in targets],
-            [(rows.num_rows, rows.row_nbytes) for _, rows in parsed.rows()],
-        )
+        wanted = [_shape_of(target) for target in targets]
+        offered = [(rows.num_rows, rows.row_nbytes) for _, rows in parsed.rows()]
         if wanted != offered:
-            num_bytes = [
-                sum(num_rows * nbytes for num_rows, nbytes in shapes) for shapes in (wanted, offered)
-            ]
             raise TransportError(
-                f"targets of {len(wanted)} ranges, {num_bytes[0]} bytes, cannot take an export of "
-                f"{len(offered)} ranges, {num_bytes[1]} bytes. Both sides must replay the same plan."
+                f"targets of {_describe(wanted)} cannot take an export of {_describe(offered)}. Both sides "
+                "must replay the same plan."
             )
         return CudaIpcLink(parsed, targets, _device_of(targets), trainer_rank)
 
@@ -286,6 +281,11 @@ def _device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
 def _shape_of(view: torch.Tensor) -> tuple[int, int]:
     """Rows and bytes of a row."""
     return (1, view.shape[0]) if view.dim() == 1 else (view.shape[0], view.shape[1])
+
+
+def _describe(shapes: Sequence[tuple[int, int]]) -> str:
+    nbytes = sum(num_rows * row_nbytes for num_rows, row_nbytes in shapes)
+    return f"{len(shapes)} ranges, {sum(num_rows for num_rows, _ in shapes)} rows, {nbytes} bytes"
 
 
 def _share(views: Sequence[torch.Tensor]) -> tuple[list[bytes], list[tuple[int, Rows]]]:
