@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gc
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from rdt_core import transports
 from rdt_core.errors import SourceDiedError, TransportError, TransportUnavailableError
+from rdt_core.link_prices import cost_over
 from rdt_core.row_blocks import Rows
 from rdt_core.row_views import view_rows
-from rdt_core.transports import make_transport
+from rdt_core.transports import known_transports, make_transport
 from tests.contract.sources import ActorSource, LocalSource, device_of
 
 if TYPE_CHECKING:
@@ -226,3 +229,12 @@ def test_a_ticket_of_another_kind_is_refused(stand: Stand) -> None:
 def test_an_unknown_transport_is_refused_with_the_known_ones() -> None:
     with pytest.raises(TransportUnavailableError, match="nixl"):
         make_transport("carrier-pigeon")
+
+
+def test_a_plan_has_rows_for_transports_that_take_them_and_for_no_others() -> None:
+    names = known_transports()
+    cost = cost_over(dict(enumerate(names)), "auto")
+    for rank, name in enumerate(names):
+        module, _, transport = transports._FACTORIES[name].partition(":")
+        taken = getattr(importlib.import_module(module), transport).takes_rows
+        assert cost.of(rank).takes_rows is taken

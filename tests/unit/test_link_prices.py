@@ -1,12 +1,8 @@
 from __future__ import annotations
 
-import importlib
-
-from rdt_core import transports
 from rdt_core.link_prices import cost_over
 from rdt_core.planner import build_plan
 from rdt_core.read_method import ReadCost
-from rdt_core.transports import known_transports
 from tests.unit.worlds_by_hand import box, holding
 
 
@@ -14,15 +10,6 @@ def test_a_read_over_cuda_ipc_costs_next_to_nothing() -> None:
     cost = cost_over({0: "cuda_ipc", 1: "cuda_ipc"}, "never")
     assert cost.arenas == "never"
     assert cost.of(1).per_read_s < ReadCost().per_read_s / 100
-
-
-def test_a_plan_has_rows_for_transports_that_take_them_and_for_no_others() -> None:
-    names = known_transports()
-    cost = cost_over(dict(enumerate(names)), "auto")
-    for rank, name in enumerate(names):
-        module, _, transport = transports._FACTORIES[name].partition(":")
-        taken = getattr(importlib.import_module(module), transport).takes_rows
-        assert cost.of(rank).takes_rows is taken
 
 
 def test_each_trainer_rank_has_the_price_of_the_link_that_leads_to_it() -> None:

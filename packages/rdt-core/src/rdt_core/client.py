@@ -433,12 +433,13 @@ class CoordinatorClient:
         self, engine: str, rank: int, version: int, topology: str, timeout_s: float, wait_s: float = 0.0
     ) -> int:
         """Take a lease on a version, which is waited for ``wait_s`` at most; its number, 0 for none."""
-        return self.start_read(engine, rank, version, topology, timeout_s, wait_s)()
+        asked = (engine, rank, version, topology, timeout_s, wait_s)
+        return int(self._channel.call("begin_read", *asked, timeout_s=wait_s + CALL_TIMEOUT_S))
 
     def start_read(
         self, engine: str, rank: int, version: int, topology: str, timeout_s: float, wait_s: float
     ) -> Callable[[], int]:
-        """:meth:`begin_read` without waiting; returns what waits for the answer."""
+        """:meth:`begin_read` without waiting; returns what waits, and fails if the coordinator restarts."""
         wait = self._channel.start("begin_read", engine, rank, version, topology, timeout_s, wait_s)
         return lambda: int(wait(wait_s + CALL_TIMEOUT_S))
 
