@@ -363,7 +363,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=20, help="counted runs of each path, after warm-up")
     parser.add_argument("--slow-runs", type=int, help="the same for paths of seconds; by default as --runs")
     parser.add_argument("--json", type=Path, help="also write the result here, after every path")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not 0 <= args.trainer_gpus < num_gpus():
+        parser.error(f"--trainer-gpus {args.trainer_gpus} leaves engines none of {num_gpus()} GPUs")
+    return args
 
 
 def main() -> None:

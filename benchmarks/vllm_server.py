@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -327,8 +328,8 @@ def main() -> None:
         ipc = ("--weight-transfer-config", '{"backend":"ipc"}') if is_gpu else ()
         flag = ("--weight-sync", "rdt", "--load-format", "dummy")
         servers = (
-            vllm_server(folder, args.logs / "vllm-rdt.log", *flag, *args.serve.split()),
-            vllm_server(folder, args.logs / "vllm-plain.log", *ipc, *args.serve.split(), **IPC_ENV),
+            vllm_server(folder, args.logs / "vllm-rdt.log", *flag, *shlex.split(args.serve)),
+            vllm_server(folder, args.logs / "vllm-plain.log", *ipc, *shlex.split(args.serve), **IPC_ENV),
         )
         with ThreadPoolExecutor() as pool:
             url, plain = pool.map(lambda server: start(stack, server), servers)

@@ -88,6 +88,7 @@ class GatedTransport:
 
     name = NAME
     takes_rows = True
+    is_live = True
 
     def __init__(self) -> None:
         self._memory = MemoryTransport()

@@ -14,7 +14,7 @@ from rdt_core.export_request import parse_export
 from rdt_core.exports import Exports
 from rdt_core.row_blocks import Rows
 from rdt_core.subscriber import ConnectRequest, WeightSubscriber
-from rdt_core.transports.memory import MemoryLink
+from rdt_core.transports.memory import MemoryExport, MemoryLink
 from tests.integration.columns import Columns, EngineRank
 from tests.integration.toy_trainer import ToyTrainer, values_of
 
@@ -158,3 +158,24 @@ def test_rows_that_are_none_or_reach_out_of_their_window_are_refused(part: tuple
     assert parse_export({**asked, "ranges": [("w", 4, 4, 8, 8)]}, {"w": 64}).ranges == (
         ("w", Rows(4, 4, 8, 8)),
     )
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+def test_a_publish_asks_once_of_every_live_window_and_else_of_every_readers_export(
+    is_live: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = {name: torch.zeros(64, dtype=torch.uint8) for name in ("v", "w")}
+    exports = Exports(memory, "cpu", 0)
+    monkeypatch.setattr(exports._transport("memory"), "is_live", is_live)
+    for reader in ("a", "b", "c"):
+        asked = {"transport": "memory", "arena": [], "pieces": []}
+        exports.open({**asked, "reader": reader, "ranges": [("v", 0, 8), ("w", 8, 8)]})
+    looked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        MemoryExport,
+        "refresh",
+        lambda export, version: looked.append((version, *(view.numel() for view in export.views))),
+    )
+    exports.refresh(5)
+    assert looked == ([(5, 64, 64)] if is_live else [(5, 8, 8)] * 3)
+    exports.close()

@@ -34,6 +34,7 @@ class _Offer:
     exports: Sequence[Export]
     views: Sequence[torch.Tensor]
     arena: ArenaHold
+    is_live: bool
 
     def close(self) -> None:
         """Stop offering, then free."""
@@ -78,7 +79,8 @@ class Exports:
         """
         with self._refreshing:
             self._arenas.refresh()
-            for export in itertools.chain(*(offer.exports for offer in self._offers.values())):
+            copied = (offer.exports for offer in self._offers.values() if not offer.is_live)
+            for export in itertools.chain(self._live_holds(), *copied):
                 export.refresh(version)
             self._version = version
 
@@ -129,7 +131,7 @@ class Exports:
             with self._refreshing:
                 for export in exports:
                     export.refresh(self._version)
-                self._offers[asked.reader] = _Offer(exports, views, arena)
+                self._offers[asked.reader] = _Offer(exports, views, arena, self._transport(name).is_live)
             undo.pop_all()
         return [export.ticket for export in exports]
 
@@ -154,7 +156,7 @@ class Exports:
         """Drop everything. Called once the service thread has ended. Idempotent."""
         for reader in [*self._offers, *self._probes]:
             self.drop({"reader": reader})
-        for hold in {id(hold): hold for hold in self._held.values()}.values():
+        for hold in set(self._held.values()):
             hold.close()
         for scratch in itertools.chain(*self._scratch.values()):
             scratch.close()
@@ -171,7 +173,13 @@ class Exports:
         new = sorted(window for window in windows if (transport, window) not in self._held)
         if new:
             hold = self._transport(transport).export([self._windows[window] for window in new])
-            self._held.update(dict.fromkeys(((transport, window) for window in new), hold))
+            with self._refreshing:
+                self._held.update(dict.fromkeys(((transport, window) for window in new), hold))
+
+    def _live_holds(self) -> set[Export]:
+        """What holds the windows that readers map."""
+        held = self._held.items()
+        return {hold for (transport, _), hold in held if self._transport(transport).is_live}
 
     def _transport(self, name: str) -> Transport:
         if name not in self._transports:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rdt_core import ray_session, tracing
@@ -15,6 +16,7 @@ from rdt_core.connection import Connection, leave, open_connection
 from rdt_core.describe import typed_view
 from rdt_core.digest import RegionDigest, digest_region
 from rdt_core.errors import (
+    AbortedError,
     CannotLendError,
     NotConnectedError,
     NotPreparedError,
@@ -37,6 +39,16 @@ logger = logging.getLogger(__name__)
 
 _WAIT_LOOK_S = 0.25
 """How often a reader that waits for a version to be published looks whether it is still wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """One read: its number in :class:`RankLife`, and what was asked of it."""
+
+    number: int
+    version: int
+    timeout_s: float
+    verify: str | None
 
 
 class WeightSubscriber:
@@ -138,10 +150,10 @@ class WeightSubscriber:
             AbortedError: the read was taken back.
             SourceDiedError, PullTimeoutError, TransportError: bytes did not arrive.
         """
-        attempt = self._life.begin_read(version)
+        attempt = _Attempt(self._life.begin_read(version), version, timeout_s, verify)
         connection = self._connected("prepare")
-        self._gather(connection, attempt, version, (), 0)
-        self._read(connection, attempt, version, timeout_s, verify)
+        self._gather(connection, attempt, (), 0)
+        self._read(connection, attempt)
         return {"version": version, "prepare_s": connection.read_s}
 
     def start_prepare(
@@ -175,7 +187,7 @@ class WeightSubscriber:
         """
         connection = self._connected("prepare")
         circle = circle_from_wire(circles or {}, connection.request.engine, self._model.rank)
-        number = self._life.begin_read(version)
+        begun = _Attempt(self._life.begin_read(version), version, timeout_s, verify)
         parent = tracing.traceparent()
 
         def read() -> None:
@@ -184,11 +196,9 @@ class WeightSubscriber:
 
         def read_and_report() -> None:
             try:
-                self._gather(connection, number, version, circle, turn)
-                lease = 0
-                if awaits_publication:
-                    lease = self._await_publication(connection, number, version, timeout_s)
-                self._read(connection, number, version, timeout_s, verify, lease)
+                self._gather(connection, begun, circle, turn)
+                lease = self._await_publication(connection, begun) if awaits_publication else 0
+                self._read(connection, begun, lease)
                 outcome = Outcome({"version": version, "prepare_s": connection.read_s})
             except RdtError as error:
                 outcome = Outcome(error=error)
@@ -200,16 +210,17 @@ class WeightSubscriber:
 
         connection.reader.start(read)
 
-    def _await_publication(self, connection: Connection, attempt: int, version: int, timeout_s: float) -> int:
+    def _await_publication(self, connection: Connection, attempt: _Attempt) -> int:
         """Until there is something to read, or the read is not wanted any more, or time is up.
 
         Returns what :meth:`Connection.admit` does, or 0. Says no more of how it ended: the read that follows
         finds out, and has the errors for it.
         """
+        version, timeout_s = attempt.version, attempt.timeout_s
         deadline = time.monotonic() + timeout_s
         self._is_awaiting = True
         try:
-            while self._life.is_wanted(attempt) and (left_s := deadline - time.monotonic()) > 0:
+            while self._life.is_wanted(attempt.number) and (left_s := deadline - time.monotonic()) > 0:
                 admitted = connection.admit(version, timeout_s, min(left_s, _WAIT_LOOK_S))
                 if admitted is not None:
                     return admitted
@@ -220,27 +231,22 @@ class WeightSubscriber:
             self._is_awaiting = False
         return 0
 
-    def _gather(self, connection: Connection, attempt: int, version: int, circle: Circle, turn: int) -> None:
+    def _gather(self, connection: Connection, attempt: _Attempt, circle: Circle, turn: int) -> None:
         """With whom the read that follows is shared; nobody for an empty circle."""
         try:
             with connection.lock:
-                connection.gather(circle, turn, lambda: self._life.check_wanted(attempt, version))
+                connection.gather(circle, turn, lambda: self._check_wanted(attempt))
         except BaseException:
             # Whatever it is, this rank is not reading any more.
-            self._life.fail_read(attempt)
+            self._life.fail_read(attempt.number)
             raise
         finally:
             connection.close_when_idle()
 
-    def _read(
-        self,
-        connection: Connection,
-        attempt: int,
-        version: int,
-        timeout_s: float,
-        verify: str | None,
-        lease: int = 0,
-    ) -> None:
+    def _check_wanted(self, attempt: _Attempt) -> None:
+        self._life.check_wanted(attempt.number, attempt.version)
+
+    def _read(self, connection: Connection, attempt: _Attempt, lease: int = 0) -> None:
         """Body of a prepare, in the caller's thread or in a reader's.
 
         ``lease``: of :meth:`Connection.admit`.
@@ -248,35 +254,28 @@ class WeightSubscriber:
         try:
             with connection.lock:
                 try:
-                    self._life.check_wanted(attempt, version)
-                except BaseException:
+                    self._check_wanted(attempt)
+                except AbortedError:
+                    # A read that has begun gives its lease back itself; for this one a trainer would wait.
                     connection.give_up(lease)
                     raise
-                self._read_or_check(connection, attempt, version, timeout_s, verify, lease)
+                self._read_or_check(connection, attempt, lease)
                 # What is prepared may be committed at any time, so nobody may read the parameters any more.
-                self._lending.take_back(min(timeout_s, GRACE_S))
-                self._life.end_read(attempt, version)
+                self._lending.take_back(min(attempt.timeout_s, GRACE_S))
+                self._life.end_read(attempt.number, attempt.version)
         except BaseException:
-            self._life.fail_read(attempt)
+            self._life.fail_read(attempt.number)
             raise
         finally:
             connection.close_when_idle()
 
-    def _read_or_check(
-        self,
-        connection: Connection,
-        attempt: int,
-        version: int,
-        timeout_s: float,
-        verify: str | None,
-        lease: int,
-    ) -> None:
+    def _read_or_check(self, connection: Connection, attempt: _Attempt, lease: int) -> None:
         def read(lease: int = 0) -> None:
             if not connection.is_in_place:
-                check_wanted = functools.partial(self._life.check_wanted, attempt, version)
-                connection.read(version, timeout_s, check_wanted, verify, lease)
+                check_wanted = functools.partial(self._check_wanted, attempt)
+                connection.read(attempt.version, attempt.timeout_s, check_wanted, attempt.verify, lease)
             elif not lease:
-                connection.check(version)
+                connection.check(attempt.version)
 
         try:
             read(lease)

@@ -33,9 +33,9 @@ class Export(Protocol):
         """Make what the memory holds now readable as ``version``.
 
         Called for every version: by ``publish``, in the trainer's thread, once the device has done its work
-        and before anyone is told of the version; and once after :meth:`Transport.export`, in the service
-        thread, with the last version published (0 before the first). Never in both at once. Live windows do
-        nothing.
+        and before anyone is told of the version, of a live transport only for what holds the windows; and
+        once after :meth:`Transport.export`, in the service thread, with the last version published (0 before
+        the first). Never in both at once. Live windows do nothing.
 
         Raises:
             TransportError: the bytes cannot be offered; the version is then not published.
@@ -73,10 +73,13 @@ class Transport(Protocol):
     Attributes:
         name: as shown to users and as accepted by :func:`rdt_core.transports.make_transport`.
         takes_rows: whether views and targets may be of several rows.
+        is_live: whether pulls read live memory. A refresh copies nothing then, and at most looks whether the
+            memory is where it was; a publish asks that once of every window, not of every reader's export.
     """
 
     name: str
     takes_rows: bool
+    is_live: bool
 
     def export(self, views: Sequence[torch.Tensor]) -> Export:
         """Offer live memory to one engine rank.

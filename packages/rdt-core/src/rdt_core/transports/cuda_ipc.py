@@ -12,6 +12,7 @@ tells before and after every pull.
 from __future__ import annotations
 
 import functools
+import operator
 from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +33,6 @@ from rdt_core.transports.cuda_driver import CudaDriverError
 from rdt_core.transports.fused_copy import FusedCopy
 from rdt_core.transports.host_signal import HostSignal
 from rdt_core.transports.lifeline import Anchor, Lifeline, LifelineBrokenError
-from rdt_core.transports.watched_storages import WatchedStorages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,15 +97,14 @@ class CudaIpcTicket:
 class CudaIpcExport:
     """See :class:`rdt_core.transports.base.Export`. Keeps the storages, so that no allocation is freed."""
 
-    def __init__(self, views: Sequence[torch.Tensor], device: torch.device, watched: WatchedStorages) -> None:
+    def __init__(self, views: Sequence[torch.Tensor], device: torch.device) -> None:
         self._views = tuple(views)
-        self._watched = watched
+        self._storages = {view.untyped_storage().data_ptr(): view.untyped_storage() for view in views}
         with torch.cuda.device(device):
             # Whatever was written before a reader came is there; later writes are publish's to wait for.
             torch.cuda.synchronize()
             handles, rows = _share(self._views)
         self._anchor = Anchor()
-        self._addresses = watched.add(view.untyped_storage() for view in self._views)
         self.ticket: object = CudaIpcTicket(
             host=host_identity(),
             device=device_identity(device),
@@ -116,14 +115,20 @@ class CudaIpcExport:
 
     def refresh(self, version: int) -> None:
         """Nothing to copy; refuses memory that was freed while it was exported, which readers still map."""
-        self._watched.check(version)
+        # A storage that is resized lies elsewhere, or nowhere. A publish asks for thousands: no more is done.
+        addresses, found = [*self._storages], [*map(torch.UntypedStorage.data_ptr, self._storages.values())]
+        if addresses != found:
+            num_moved = sum(map(operator.ne, addresses, found))
+            raise TransportError(
+                f"{num_moved} of {len(addresses)} storages that engines read by CUDA IPC were freed or "
+                f"resized before version {version}. Keep parameters where they were at attach, or attach "
+                "again."
+            )
 
     def close(self) -> None:
         """Break the reader's lifeline and let the memory go."""
         self._anchor.close()
-        addresses, self._addresses = self._addresses, frozenset()
-        self._watched.remove(addresses)
-        self._views = ()
+        self._views, self._storages = (), {}
 
 
 class CudaIpcLink:
@@ -234,13 +239,13 @@ class CudaIpcTransport:
 
     name = "cuda_ipc"
     takes_rows = True
+    is_live = True
 
     def __init__(self) -> None:
         if torch.version.cuda is None or not torch.cuda.is_available():
             raise TransportUnavailableError(
                 "cuda_ipc", "this process sees no NVIDIA GPU", "Use transport='nixl'."
             )
-        self._watched = WatchedStorages()
 
     def export(self, views: Sequence[torch.Tensor]) -> CudaIpcExport:
         """Share the views' allocations with readers of this host.
@@ -248,7 +253,7 @@ class CudaIpcTransport:
         Raises:
             TransportError: the views are not on one GPU, or of a kind of memory that cannot be shared.
         """
-        return CudaIpcExport(views, _device_of(views), self._watched)
+        return CudaIpcExport(views, _device_of(views))
 
     def open(self, ticket: object, targets: Sequence[torch.Tensor], *, trainer_rank: int) -> CudaIpcLink:
         """Map the export for the targets' device."""

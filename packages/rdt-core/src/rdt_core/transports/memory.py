@@ -114,6 +114,7 @@ class MemoryTransport:
 
     name = "memory"
     takes_rows = True
+    is_live = True
 
     def export(self, views: Sequence[torch.Tensor]) -> MemoryExport:
         """Offer live memory to readers of this process."""

@@ -209,6 +209,7 @@ class NixlTransport:
 
     name = "nixl"
     takes_rows = False
+    is_live = True
 
     def __init__(self) -> None:
         _check_installed()

@@ -200,6 +200,7 @@ class YrTransport:
 
     name = "yr"
     takes_rows = False
+    is_live = False
 
     def __init__(self, max_object_nbytes: int = OBJECT_NBYTES) -> None:
         self._max_object_nbytes = max_object_nbytes
