@@ -11,6 +11,7 @@ from rdt_core.client import LocalChannel
 from rdt_core.coordinator import SILENT_S
 from rdt_core.errors import (
     AbortedError,
+    CannotLendError,
     LeaseLostError,
     NotPreparedError,
     NotPublishedError,
@@ -371,6 +372,36 @@ def test_a_restarted_trainer_is_read_without_a_reconnect_and_versions_go_on(
     engine.subscriber.commit(8)
     assert engine.fingerprint == expected_fingerprint(8)
     assert engine.subscriber.status()["group"] == "policy"
+    engine.subscriber.disconnect()
+    new.close()
+
+
+def test_a_group_that_counts_anew_leaves_an_engine_the_version_that_it_holds() -> None:
+    channel = LocalChannel("policy", clock := Clock())
+    old = World(channel, [TrainerRank(channel, rank, 2) for rank in range(2)])
+    engine = Engine(channel)
+    engine.connect(transport="memory")
+    old.publish(7)
+    engine.subscriber.prepare(7)
+    engine.subscriber.commit(7)
+    for rank in old.trainers:
+        rank.die()
+    clock.skip(2 * SILENT_S)
+    # Nobody is left who could tell the next coordinator what this one knew.
+    channel.restart()
+    new = World(channel, [TrainerRank(channel, rank, 2) for rank in range(2)])
+    joined = engine.connect(transport="memory")
+    assert joined["version"] == 0
+    assert engine.subscriber.version == engine.subscriber.status()["version"] == 7
+    assert engine.fingerprint == expected_fingerprint(7)
+    with pytest.raises(CannotLendError):
+        engine.subscriber.lend(7)
+    new.publish(3)
+    engine.subscriber.prepare(3)
+    assert engine.subscriber.version == 7
+    engine.subscriber.commit(3)
+    assert engine.subscriber.version == engine.subscriber.status()["version"] == 3
+    assert engine.fingerprint == expected_fingerprint(3)
     engine.subscriber.disconnect()
     new.close()
 

@@ -169,7 +169,7 @@ class RankLife:
         self._rank, self._model = RankState.APART, ModelState.WHOLE
         self._attempt = 0
         self._version: int | None = None
-        self._committed = 0
+        self._committed = self._held = 0
 
     @property
     def state(self) -> RankState:
@@ -178,8 +178,13 @@ class RankLife:
 
     @property
     def committed(self) -> int:
-        """The last version that the model held whole; 0 before the first."""
+        """The version of the group's session that the model holds, or held last; 0 before the first."""
         return self._committed
+
+    @property
+    def held(self) -> int:
+        """The version that the model holds, or held last, of whatever session it was; 0 before the first."""
+        return self._held
 
     @property
     def prepared(self) -> int | None:
@@ -192,7 +197,7 @@ class RankLife:
         return self._model is not ModelState.WHOLE
 
     def connect(self, *, is_new_session: bool) -> None:
-        """The rank joined a group. Versions of an earlier life of the group are forgotten."""
+        """The rank joined a group. Versions of another session count no more, though the model holds one."""
         with self._lock:
             self._move(Event.CONNECT)
             self._attempt += 1
@@ -289,7 +294,7 @@ class RankLife:
         with self._lock:
             self._move_model(Event.DONE)
             self._move(Event.DONE)
-            self._committed = self._version or self._committed
+            self._committed = self._held = self._version or self._committed
 
     def fail_flip(self) -> None:
         """The flip failed; the model is torn if a byte had changed."""

@@ -74,8 +74,12 @@ class WeightSubscriber:
 
     @property
     def version(self) -> int:
-        """The group's version that the model holds; 0 before the first commit of this group's session."""
-        return self._life.committed
+        """The version that the model holds, as the group counted that committed it; 0 before the first.
+
+        It stays when the group begins to count anew, its coordinator and all of its trainers having gone:
+        what the model holds is still that.
+        """
+        return self._life.held
 
     @property
     def rank(self) -> int:
@@ -99,10 +103,11 @@ class WeightSubscriber:
         happens; after an error there is no connection.
 
         Returns:
-            Plain values: version (that the model holds), rank, world_size, mode, read_share, num_tensors,
-            nbytes, read_nbytes, num_reads, landing_nbytes, arena_bytes, reload, trainers and reasons (which
-            transport each trainer rank is read over, and why), num_pieces, probe_s, connect_s,
-            awaits_publication (that :meth:`start_prepare` can be called before a version is published).
+            Plain values: version (that the model holds, if the group's present session committed it, else 0),
+            rank, world_size, mode, read_share, num_tensors, nbytes, read_nbytes, num_reads, landing_nbytes,
+            arena_bytes, reload, trainers and reasons (which transport each trainer rank is read over, and
+            why), num_pieces, probe_s, connect_s, awaits_publication (that :meth:`start_prepare` can be called
+            before a version is published).
 
         Raises:
             RdtError: the typed reason; see the README's table.
@@ -430,7 +435,7 @@ class WeightSubscriber:
         return {
             "rank": self._model.rank,
             "world_size": self._model.world_size,
-            "version": self._life.committed,
+            "version": self._life.held,
             "group": connection.request.group if connection else None,
             "mode": connection.mode if connection else None,
             "state": str(self._life.state),
