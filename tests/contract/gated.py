@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rdt_core.transports.memory import MemoryLink, MemoryTransport
 
 if TYPE_CHECKING:
+    import contextlib
     from collections.abc import Callable, Sequence
 
     import torch
@@ -92,6 +93,9 @@ class GatedTransport:
 
     def __init__(self) -> None:
         self._memory = MemoryTransport()
+
+    def register(self, views: Sequence[torch.Tensor]) -> contextlib.ExitStack:
+        return self._memory.register(views)
 
     def export(self, views: Sequence[torch.Tensor]) -> MemoryExport:
         return self._memory.export(views)

@@ -182,6 +182,21 @@ def test_a_closed_link_refuses_to_pull_and_closes_again_quietly(stand: Stand) ->
         link.pull(0, timeout_s=TIMEOUT_S)
 
 
+def test_registered_memory_takes_what_one_link_after_the_other_brings(stand: Stand) -> None:
+    source = stand.make_source((4,))
+    source.write(0, [1, 2, 3, 4])
+    targets = stand.make_targets((4,))
+    registered = stand.transport.register(targets)
+    for _ in range(2):
+        targets[0].fill_(255)
+        link = stand.transport.open(source.export(), targets, trainer_rank=0)
+        link.pull(0, timeout_s=TIMEOUT_S)
+        link.close()
+        assert targets[0].tolist() == [1, 2, 3, 4]
+    registered.close()
+    registered.close()
+
+
 def test_rows_come_from_where_they_lie_to_where_they_are_to_lie(stand: Stand) -> None:
     if not stand.transport.takes_rows:
         pytest.skip(f"{stand.transport.name} takes contiguous ranges only; no plan has rows for it")

@@ -41,6 +41,7 @@ from rdt_core.meeting import (
 from rdt_core.mode import INPLACE, PINNED, choose_mode
 from rdt_core.pacing import Pace
 from rdt_core.planner import build_plan
+from rdt_core.probe import ScratchPool
 from rdt_core.read_method import NEVER
 from rdt_core.reader_thread import ReaderThread
 from rdt_core.relay import PATIENCE_S, Relay, Turn
@@ -94,6 +95,7 @@ class Connection:
     links: OpenLinks
     reader: ReaderThread
     is_near: bool
+    scratch: ScratchPool
     circle: Circle = ()
     turn: int = 0
     relay: Relay | None = None
@@ -222,7 +224,8 @@ class Connection:
         key = str(self.info.get("landing_key", ""))
         if self.relay is None and circle and key:
             buffer = self.landing.buffer
-            self.relay = Relay(self.client, self._link_reader(), buffer, key, self.planned.piece_nbytes)
+            reader, piece_nbytes = self._link_reader(), self.planned.piece_nbytes
+            self.relay = Relay(self.client, reader, buffer, key, piece_nbytes, self.scratch)
         if self.relay is None:
             return
         self.relay.withdraw()
@@ -252,7 +255,8 @@ class Connection:
     def _open_links(self, manifests: Sequence[Manifest], num_shares: int = 1) -> None:
         rests = self.request.rests_in(self.mode)
         self.planned = plan_links(self.plan, self.landing, num_shares=num_shares, rests=rests)
-        self.links = open_links(self._link_reader(), self.client, manifests, self.planned.by_rank)
+        reader = self._link_reader()
+        self.links = open_links(reader, self.client, manifests, self.planned.by_rank, self.scratch)
 
     def _link_reader(self) -> Reader:
         return reader_of(self.request, self.engine_rank, self.device)
@@ -362,6 +366,7 @@ class Connection:
             try:
                 self.links.close()
                 self._part()
+                self.scratch.close()
             finally:
                 self.lock.release()
 
@@ -457,6 +462,13 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
     plan = aim_in_place(staged, recording, cost) if mode == INPLACE else staged
     landing = make_landing(plan, recording, found.specs, device)
     planned = plan_links(plan, landing, rests=request.rests_in(mode))
+    scratch = ScratchPool()
+    try:
+        reader = reader_of(request, model.rank, device)
+        links = open_links(reader, source, found.manifests, planned.by_rank, scratch)
+    except BaseException:
+        scratch.close()
+        raise
     return Connection(
         request=request,
         client=client,
@@ -471,9 +483,10 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
         mode=mode,
         landing=landing,
         planned=planned,
-        links=open_links(reader_of(request, model.rank, device), source, found.manifests, planned.by_rank),
+        links=links,
         reader=ReaderThread(f"rdt-reader-{model.rank}"),
         is_near=is_near(found.manifests),
+        scratch=scratch,
     )
 
 

@@ -8,20 +8,20 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from rdt_core.arena import ARENA_WINDOW
 from rdt_core.arena_memory import Arenas
 from rdt_core.digest import digest_bytes
 from rdt_core.errors import TransportError
 from rdt_core.export_request import parse_export, parse_probe, parse_reader
-from rdt_core.probe import ROUNDS, ProbeSource, Scratch
+from rdt_core.probe import ROUNDS, ProbeSource, ScratchPool
 from rdt_core.row_views import view_rows
 from rdt_core.transports import make_transport
 from rdt_core.transports.pieces import split
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-
-    import torch
 
     from rdt_core.arena_memory import ArenaHold
     from rdt_core.transports.base import Export, Transport
@@ -58,7 +58,7 @@ class Exports:
         self._arenas = Arenas(windows)
         self._offers: dict[str, _Offer] = {}
         self._probes: dict[str, ProbeSource] = {}
-        self._scratch: dict[str, list[Scratch]] = {}
+        self._scratch = ScratchPool()
         self._held: dict[tuple[str, str], Export] = {}
         # Held while exports are refreshed: by publish, and by the service thread for a new one, so that an
         # export that comes while a version is published does not miss it.
@@ -93,8 +93,7 @@ class Exports:
             self.drop(payload)
         source = self._probes.get(reader)
         if source is None:
-            idle = self._scratch.setdefault(name, [])
-            scratch = idle.pop() if idle else Scratch(self._transport(name), self._device)
+            scratch = self._scratch.take(self._transport(name), torch.device(self._device))
             source = self._probes[reader] = ProbeSource(self._transport(name), scratch)
         return source.write(asked.secret, asked.version)
 
@@ -146,7 +145,7 @@ class Exports:
         probe = self._probes.pop(reader, None)
         if probe is not None:
             probe.close()
-            self._scratch[probe.transport].append(probe.scratch)
+            self._scratch.give(probe.scratch)
         with self._refreshing:
             offer = self._offers.pop(reader, None)
         if offer is not None:
@@ -158,17 +157,14 @@ class Exports:
             self.drop({"reader": reader})
         for hold in set(self._held.values()):
             hold.close()
-        for scratch in itertools.chain(*self._scratch.values()):
-            scratch.close()
         self._held.clear()
-        self._scratch.clear()
+        self._scratch.close()
 
     def _hold_windows(self, transport: str, windows: Iterable[str]) -> None:
         """Export windows once more, to nobody, so that they stay registered when their readers leave.
 
-        Ray tells readers of every deregistration, and they connect to this process anew, each leaving a
-        socket behind on both sides (Ray 2.60, nixl 1.5.1). With the windows and the probes' scratch buffers
-        held, an engine that comes or goes costs the others nothing.
+        With the windows and the probes' scratch buffers held, an engine that comes or goes costs the others
+        nothing; see :class:`rdt_core.probe.ScratchPool`.
         """
         new = sorted(window for window in windows if (transport, window) not in self._held)
         if new:

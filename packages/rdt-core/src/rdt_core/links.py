@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rdt_core.arena import ArenaItem
     from rdt_core.client import CoordinatorClient
     from rdt_core.manifest import Manifest
+    from rdt_core.probe import ScratchPool
     from rdt_core.row_blocks import Rows
     from rdt_core.transports.base import Link, Transport
 
@@ -131,6 +132,7 @@ def open_links(
     client: CoordinatorClient,
     trainers: Sequence[Manifest],
     planned: Mapping[int, LinkPlan],
+    scratch: ScratchPool,
 ) -> OpenLinks:
     """Open a probed link to each trainer rank of a plan. Called in the engine worker, by its connect.
 
@@ -142,6 +144,7 @@ def open_links(
         client: of the group.
         trainers: manifests of all trainer ranks.
         planned: what to read, by trainer rank.
+        scratch: to probe into.
 
     Raises:
         TransportUnavailableError: no transport fits a link, or the forced one is not offered.
@@ -152,7 +155,7 @@ def open_links(
     transports = {name: make_transport(name) for name in {choice.transport for choice in choices.values()}}
     by_rank = {rank: transports[choice.transport] for rank, choice in choices.items()}
     started = time.perf_counter()
-    _probe_all(reader, client, by_rank)
+    _probe_all(reader, client, by_rank, scratch)
     probe_s = time.perf_counter() - started
     with contextlib.ExitStack() as opened:
         links = _open_all(reader, client, by_rank, planned, opened)
@@ -206,8 +209,10 @@ def _choose_all(
     return choices
 
 
-def _probe_all(reader: Reader, client: CoordinatorClient, transports: Mapping[int, Transport]) -> None:
-    """Both rounds over every link. The trainer ranks drop their scratch buffers when they get real ranges."""
+def _probe_all(
+    reader: Reader, client: CoordinatorClient, transports: Mapping[int, Transport], scratch: ScratchPool
+) -> None:
+    """Both rounds over every link. The trainer ranks drop their probes when they get real ranges."""
     with contextlib.ExitStack() as opened:
         targets: dict[int, ProbeTarget] = {}
         for version in ROUNDS:
@@ -215,12 +220,10 @@ def _probe_all(reader: Reader, client: CoordinatorClient, transports: Mapping[in
             tickets = _ask_probe(reader, client, transports, secret, version)
             for rank, ticket in sorted(tickets.items()):
                 if rank not in targets:
+                    buffer = scratch.take(transports[rank], reader.device)
+                    opened.callback(scratch.give, buffer)
                     targets[rank] = ProbeTarget(
-                        transports[rank],
-                        ticket,
-                        reader.device,
-                        trainer_rank=rank,
-                        timeout_s=reader.timeout_s,
+                        transports[rank], buffer, ticket, trainer_rank=rank, timeout_s=reader.timeout_s
                     )
                     opened.callback(targets[rank].close)
                 targets[rank].check(secret, version)

@@ -9,6 +9,7 @@ bytes beside the targets shows itself in one of the two rounds.
 from __future__ import annotations
 
 import hashlib
+import threading
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,20 +32,55 @@ _UNTOUCHED = 0xA5
 
 
 class Scratch:
-    """A buffer to probe from, registered with a transport from its first probe to its ``close``.
+    """A buffer to probe from or into, registered with a transport from its first probe to its ``close``.
 
     Args:
         transport: that the probes will use.
-        device: where the parameters are.
+        device: where the memory is that will be read, or landed in.
     """
 
-    def __init__(self, transport: Transport, device: str) -> None:
-        self.views = _views(_blank(torch.device(device)))
-        self._hold: Export = transport.export(self.views)
+    def __init__(self, transport: Transport, device: torch.device) -> None:
+        self.serves = transport.name, device
+        self.buffer = _blank(device)
+        self.views = _views(self.buffer)
+        self._registered = transport.register([self.buffer])
 
     def close(self) -> None:
         """Let the buffer go. Idempotent."""
-        self._hold.close()
+        self._registered.close()
+
+
+class ScratchPool:
+    """The scratch buffers of one side, each kept for the next probe over its transport. Safe in threads.
+
+    Ray tells everybody who has read a process of every deregistration in it, and they connect to it anew,
+    each leaving a socket behind on both sides (Ray 2.60, nixl 1.5.1). Engines that read together are read
+    themselves, so neither side lets go of a buffer with its probe.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[Scratch] = []
+
+    def take(self, transport: Transport, device: torch.device) -> Scratch:
+        """A buffer for one probe at a time; give it back."""
+        with self._lock:
+            for at, scratch in enumerate(self._idle):
+                if scratch.serves == (transport.name, device):
+                    return self._idle.pop(at)
+        return Scratch(transport, device)
+
+    def give(self, scratch: Scratch) -> None:
+        """Of :meth:`take`, for another probe."""
+        with self._lock:
+            self._idle.append(scratch)
+
+    def close(self) -> None:
+        """Let every buffer go that was given back. Idempotent."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for scratch in idle:
+            scratch.close()
 
 
 class ProbeSource:
@@ -56,7 +92,7 @@ class ProbeSource:
     """
 
     def __init__(self, transport: Transport, scratch: Scratch) -> None:
-        self.transport, self.scratch = transport.name, scratch
+        self.scratch = scratch
         self._export: Export = transport.export(scratch.views)
         self._is_ticket_given = False
 
@@ -84,24 +120,18 @@ class ProbeTarget:
 
     Args:
         transport: that the link will use.
+        scratch: to land in; no other probe may use it meanwhile.
         ticket: from :meth:`ProbeSource.write`.
-        device: where the landing memory is.
         trainer_rank: named in errors.
         timeout_s: for each pull, in seconds.
     """
 
     def __init__(
-        self,
-        transport: Transport,
-        ticket: object,
-        device: torch.device,
-        *,
-        trainer_rank: int,
-        timeout_s: float,
+        self, transport: Transport, scratch: Scratch, ticket: object, *, trainer_rank: int, timeout_s: float
     ) -> None:
-        self._buffer = _blank(device)
-        self._name, self._trainer_rank, self._timeout_s = transport.name, trainer_rank, timeout_s
-        self._link: Link = transport.open(ticket, _views(self._buffer), trainer_rank=trainer_rank)
+        self._buffer, self._name = scratch.buffer, transport.name
+        self._trainer_rank, self._timeout_s = trainer_rank, timeout_s
+        self._link: Link = transport.open(ticket, scratch.views, trainer_rank=trainer_rank)
         self._before: list[torch.Tensor] = []
 
     def check(self, secret: str, version: int) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rdt_core.links import Reader
     from rdt_core.manifest import Manifest
     from rdt_core.pacing import Pace
+    from rdt_core.probe import ScratchPool
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class Relay:
         landing: its landing memory, flat bytes.
         key: of the landing memory, see :func:`rdt_core.fan_out.landing_key`.
         piece_nbytes: in which its neighbours' shares are read, where reads rest; None for whole shares.
+        scratch: to probe neighbours into.
     """
 
     def __init__(
@@ -107,9 +109,10 @@ class Relay:
         landing: torch.Tensor,
         key: str,
         piece_nbytes: int | None,
+        scratch: ScratchPool,
     ) -> None:
         self._client, self._reader, self._landing = client, reader, landing
-        self._key, self._piece_nbytes = key, piece_nbytes
+        self._key, self._piece_nbytes, self._scratch = key, piece_nbytes, scratch
         self._me = Neighbour(reader.engine, reader.rank)
         self._spec = TensorSpec(key, (landing.numel(),), "uint8")
         self._publisher: WeightPublisher | None = None
@@ -190,7 +193,7 @@ class Relay:
         if self._piece_nbytes is not None:
             planned = planned.cut(self._piece_nbytes)
         reader = replace(self._reader, timeout_s=min(self._reader.timeout_s, MEET_TIMEOUT_S))
-        links = open_links(reader, client, [manifest], {manifest.rank: planned})
+        links = open_links(reader, client, [manifest], {manifest.rank: planned}, self._scratch)
         client.join(*self._me, links.describe())
         return _Source(client=client, topology=topology, links=links, nbytes=end - start)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import contextlib
     from collections.abc import Sequence
 
     import torch
@@ -80,6 +81,12 @@ class Transport(Protocol):
     name: str
     takes_rows: bool
     is_live: bool
+
+    def register(self, views: Sequence[torch.Tensor]) -> contextlib.ExitStack:
+        """Have memory stay registered, whatever exports and links of it come and go, until this is closed.
+
+        For memory that is used again and again. Where nothing is registered there is nothing to close.
+        """
 
     def export(self, views: Sequence[torch.Tensor]) -> Export:
         """Offer live memory to one engine rank.

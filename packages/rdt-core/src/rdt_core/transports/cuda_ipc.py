@@ -11,6 +11,7 @@ tells before and after every pull.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 from array import array
@@ -246,6 +247,11 @@ class CudaIpcTransport:
             raise TransportUnavailableError(
                 "cuda_ipc", "this process sees no NVIDIA GPU", "Use transport='nixl'."
             )
+
+    def register(self, views: Sequence[torch.Tensor]) -> contextlib.ExitStack:
+        """Nothing is registered."""
+        del views
+        return contextlib.ExitStack()
 
     def export(self, views: Sequence[torch.Tensor]) -> CudaIpcExport:
         """Share the views' allocations with readers of this host.

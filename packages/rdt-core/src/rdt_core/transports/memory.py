@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
@@ -115,6 +116,11 @@ class MemoryTransport:
     name = "memory"
     takes_rows = True
     is_live = True
+
+    def register(self, views: Sequence[torch.Tensor]) -> contextlib.ExitStack:
+        """Nothing is registered."""
+        del views
+        return contextlib.ExitStack()
 
     def export(self, views: Sequence[torch.Tensor]) -> MemoryExport:
         """Offer live memory to readers of this process."""

@@ -9,6 +9,7 @@ built under a lock.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import threading
@@ -103,20 +104,28 @@ def _forget_source_actor(ref: Any) -> None:
         known[ref.hex()] = known[ref.hex()]._replace(src_actor=RDTSource.DRIVER)
 
 
+def _register(views: Sequence[torch.Tensor]) -> contextlib.ExitStack:
+    """Register the views' storages, once more where they are; closing it takes that back."""
+    from ray.experimental import deregister_nixl_memory, register_nixl_memory  # noqa: PLC0415
+
+    with contextlib.ExitStack() as registered:
+        for view in views:
+            register_nixl_memory(view)
+            registered.callback(deregister_nixl_memory, view)
+        return registered.pop_all()
+
+
 class NixlExport:
     """See :class:`rdt_core.transports.base.Export`. The ticket is a list that holds one Ray object ref."""
 
     def __init__(self, views: Sequence[torch.Tensor]) -> None:
         import ray  # noqa: PLC0415
-        from ray.experimental import register_nixl_memory  # noqa: PLC0415
 
-        self._views = list(views)
         # Before the registration, which pins pages where there is an RDMA device.
-        back_with_huge_pages(self._views)
-        for view in self._views:
-            register_nixl_memory(view)
+        back_with_huge_pages(views)
+        self._registered = _register(views)
         # A bare ref in a call would be resolved to its value on the way; inside a list it stays a ref.
-        ref = ray.put(self._views, _tensor_transport="nixl")
+        ref = ray.put(list(views), _tensor_transport="nixl")
         _forget_source_actor(ref)
         self.ticket: list[Any] = [ref]
 
@@ -125,12 +134,8 @@ class NixlExport:
 
     def close(self) -> None:
         """Drop the ref and the registrations."""
-        from ray.experimental import deregister_nixl_memory  # noqa: PLC0415
-
         self.ticket.clear()
-        views, self._views = self._views, []
-        for view in views:
-            deregister_nixl_memory(view)
+        self._registered.close()
 
 
 def _release_transfer(error: BaseException | None) -> None:
@@ -150,14 +155,13 @@ class NixlLink:
     """See :class:`rdt_core.transports.base.Link`."""
 
     def __init__(self, ref: object, targets: Sequence[torch.Tensor], trainer_rank: int) -> None:
-        from ray.experimental import register_nixl_memory, set_target_for_ref  # noqa: PLC0415
+        from ray.experimental import set_target_for_ref  # noqa: PLC0415
 
         self._ref: object | None = ref
         self._targets = list(targets)
         self._addresses = [target.data_ptr() for target in self._targets]
         self._trainer_rank = trainer_rank
-        for target in self._targets:
-            register_nixl_memory(target)
+        self._registered = _register(self._targets)
         set_target_for_ref(cast("Any", ref), self._targets)
 
     def pull(self, version: int, *, timeout_s: float) -> None:
@@ -192,12 +196,9 @@ class NixlLink:
 
     def close(self) -> None:
         """Drop the ref and the registrations."""
-        from ray.experimental import deregister_nixl_memory  # noqa: PLC0415
-
         self._ref = None
-        targets, self._targets = self._targets, []
-        for target in targets:
-            deregister_nixl_memory(target)
+        self._targets = []
+        self._registered.close()
 
 
 class NixlTransport:
@@ -214,6 +215,10 @@ class NixlTransport:
     def __init__(self) -> None:
         _check_installed()
         _build_agent()
+
+    def register(self, views: Sequence[torch.Tensor]) -> contextlib.ExitStack:
+        """Register the views' storages."""
+        return _register(views)
 
     def export(self, views: Sequence[torch.Tensor]) -> NixlExport:
         """Register the views' storages and put one ref to all of them."""

@@ -13,6 +13,7 @@ Why not ray-ascend's Ray transport: docs/decisions/0010-openyuanrong-without-ray
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -205,6 +206,11 @@ class YrTransport:
     def __init__(self, max_object_nbytes: int = OBJECT_NBYTES) -> None:
         self._max_object_nbytes = max_object_nbytes
         self._client = _connect()
+
+    def register(self, views: Sequence[torch.Tensor]) -> contextlib.ExitStack:
+        """Nothing is registered."""
+        del views
+        return contextlib.ExitStack()
 
     def export(self, views: Sequence[torch.Tensor]) -> YrExport:
         """Prepare to put the views; the first refresh does."""
