@@ -154,7 +154,7 @@ def play(session: Session, faults: list[Fault], seconds: float, screen: Screen) 
 def wait_until_settled(session: Session, before: Mapping[str, Holdings]) -> dict[str, Holdings]:
     """What everybody holds once nobody holds more than before, or after a minute."""
     deadline = time.monotonic() + _SETTLE_S
-    while find_grown(before, after := session.hold()) and time.monotonic() < deadline:
+    while find_grown(before, after := session.hold(), session.num_reconnects) and time.monotonic() < deadline:
         time.sleep(1.0)  # between two looks
     return after
 

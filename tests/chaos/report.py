@@ -33,7 +33,7 @@ def describe(
         "mixed": [str(answer) for answer in verdict.mixed[:20]],
         "regressed": [str(answer) for answer in verdict.regressed[:20]],
         "hangs": session.hangs + late,
-        "grown": find_grown(before, after),
+        "grown": find_grown(before, after, session.num_reconnects),
         "exceptions": raised,
         "silent": [load.name for load in session.loads if not load.answers],
     }

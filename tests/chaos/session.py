@@ -129,6 +129,11 @@ class Session:
             f"last failure: {self._last_failure}"
         )
 
+    @property
+    def num_reconnects(self) -> int:
+        """How often all engines connected anew: for another driver, or to read in another mode."""
+        return self.faults["drop driver"] + self.faults["switch mode"]
+
     def _members(self) -> set[str]:
         return set(self._sync.engines) if self._sync else set()
 

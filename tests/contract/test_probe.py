@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rdt_core.errors import TransportLiesError
-from rdt_core.probe import ROUNDS, ProbeSource, ProbeTarget, Scratch
+from rdt_core.probe import ROUNDS, ProbeSource, ProbeTarget, Scratch, ScratchPool
 from rdt_core.transports.memory import MemoryExport, MemoryTransport
 from tests.contract import flawed
 
@@ -71,3 +71,20 @@ def test_a_probe_leaves_no_export_behind() -> None:
 
     probe(Counting())
     assert [export.views for export in made] == [None]
+
+
+def test_a_buffer_is_used_again_unless_its_probe_failed() -> None:
+    pool, wanted = ScratchPool(), (MemoryTransport(), torch.device("cpu"))
+    with pool.lend(*wanted) as first:
+        assert pool.take(*wanted) is not first
+
+    def fail() -> None:
+        with pool.lend(*wanted) as again:
+            assert again is first
+            raise TransportLiesError("memory", 0, "brought 1 wrong bytes")
+
+    with pytest.raises(TransportLiesError):
+        fail()
+    with pool.lend(*wanted) as fresh:
+        assert fresh is not first
+    pool.close()

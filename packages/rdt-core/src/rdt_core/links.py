@@ -220,8 +220,7 @@ def _probe_all(
             tickets = _ask_probe(reader, client, transports, secret, version)
             for rank, ticket in sorted(tickets.items()):
                 if rank not in targets:
-                    buffer = scratch.take(transports[rank], reader.device)
-                    opened.callback(scratch.give, buffer)
+                    buffer = opened.enter_context(scratch.lend(transports[rank], reader.device))
                     targets[rank] = ProbeTarget(
                         transports[rank], buffer, ticket, trainer_rank=rank, timeout_s=reader.timeout_s
                     )

@@ -8,6 +8,7 @@ bytes beside the targets shows itself in one of the two rounds.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ import torch
 from rdt_core.errors import TransportLiesError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from rdt_core.transports.base import Export, Link, Transport
 
@@ -74,6 +75,18 @@ class ScratchPool:
         """Of :meth:`take`, for another probe."""
         with self._lock:
             self._idle.append(scratch)
+
+    @contextlib.contextmanager
+    def lend(self, transport: Transport, device: torch.device) -> Iterator[Scratch]:
+        """A buffer to probe into. After a failure, bytes may come late: it is let go then, not kept."""
+        scratch = self.take(transport, device)
+        try:
+            yield scratch
+        except BaseException:
+            # Whatever it is, Ctrl-C too.
+            scratch.close()
+            raise
+        self.give(scratch)
 
     def close(self) -> None:
         """Let every buffer go that was given back. Idempotent."""
