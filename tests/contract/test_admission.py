@@ -15,6 +15,7 @@ from tests.local_group import wait_for
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from rdt_core.admission import Admission
     from rdt_core.words import Outcome
 
 TIMEOUT_S = 60.0
@@ -84,9 +85,9 @@ def test_a_read_that_is_taken_back_while_it_waits_holds_no_trainer_up(
     engine.connect()
     admit = Connection.admit
 
-    def admit_and_abort(connection: Connection, *args: float) -> int | None:
+    def admit_and_abort(connection: Connection, *args: float) -> Admission | None:
         found = admit(connection, *args)  # type: ignore[arg-type]  # as they came
-        if found:
+        if found is not None:
             engine.subscriber.abort()
         return found
 

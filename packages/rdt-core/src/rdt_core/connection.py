@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import threading
 import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from rdt_core import fan_out
+from rdt_core.admission import UNCHECKED, Admission
 from rdt_core.coordinator import reader_name
 from rdt_core.describe import device_name, node_name
 from rdt_core.digest import digest_bytes
@@ -26,28 +24,19 @@ from rdt_core.errors import (
     TransportError,
 )
 from rdt_core.fan_out import Neighbour
-from rdt_core.free_memory import measure_free_bytes, measure_host_share
-from rdt_core.landing import Landing, engine_manifest, make_landing
+from rdt_core.landing import Landing, make_landing
 from rdt_core.link_plans import LinkPlans, LinkUse, plan_links
 from rdt_core.links import OpenLinks, Reader, open_links
-from rdt_core.meeting import (
-    aim_in_place,
-    is_near,
-    meet_trainers,
-    price_reads,
-    reader_of,
-    refuse_other_dtypes,
-)
-from rdt_core.mode import INPLACE, PINNED, choose_mode
+from rdt_core.meeting import aim_in_place, is_near, meet_trainers, price_reads, reader_of
+from rdt_core.mode import INPLACE
 from rdt_core.pacing import Pace
 from rdt_core.planner import build_plan
-from rdt_core.probe import ScratchPool
-from rdt_core.read_method import NEVER
-from rdt_core.reader_thread import ReaderThread
 from rdt_core.relay import PATIENCE_S, Relay, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import torch
 
     from rdt_core.client import CoordinatorClient
     from rdt_core.connect_request import ConnectRequest
@@ -55,6 +44,8 @@ if TYPE_CHECKING:
     from rdt_core.fan_out import Circle
     from rdt_core.manifest import Manifest, TensorSpec
     from rdt_core.plan import Plan
+    from rdt_core.probe import ScratchPool
+    from rdt_core.reader_thread import ReaderThread
     from rdt_core.recording import Recording
 
 
@@ -65,9 +56,6 @@ _NONE = "none"
 
 TRAINERS = "trainers"
 """What a report names as the source of bytes that no engine lent."""
-
-LENDER_TIMEOUT_S = 15.0
-"""How long a reader waits for every rank of an engine that was asked to lend."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -112,7 +100,7 @@ class Connection:
         """Whether versions are read into the parameters themselves, at commit."""
         return self.mode == INPLACE
 
-    def admit(self, version: int, timeout_s: float, wait_s: float) -> int | None:
+    def admit(self, version: int, timeout_s: float, wait_s: float) -> Admission | None:
         """Wait for a version, and be admitted to it at once: no trainer rank can take it back in between.
 
         Called by the reader's thread without ``lock``. Blocks, ``wait_s`` seconds at most and for the
@@ -124,24 +112,26 @@ class Connection:
             wait_s: for the version.
 
         Returns:
-            None where waiting is not over. A lease, for :meth:`read` or :meth:`give_up`; in place, where
-            versions are read at commit, 1. Where an engine lends, which has what it has, 0: ask it.
+            None where waiting is not over. Its lease is for :meth:`read` or :meth:`give_up`; in place, where
+            versions are read at commit, there is none. An engine that lends is not asked, nor checked.
 
         Raises:
             RdtError: nothing can be read; the read that follows finds out for itself.
         """
         if self.is_borrowing:
-            return 0 if self.client.await_published(version, wait_s) else None
+            return UNCHECKED if self.client.await_published(version, wait_s) else None
         if self.is_in_place:
-            return 1 if self.source.check_version(version, self.topology, wait_s) else None
+            is_held = self.source.check_version(version, self.topology, wait_s)
+            return Admission(is_checked=True) if is_held else None
         reader = self.request.engine, self.engine_rank
-        return self.source.begin_read(*reader, version, self.topology, timeout_s, wait_s) or None
+        lease = self.source.begin_read(*reader, version, self.topology, timeout_s, wait_s)
+        return Admission(lease, is_checked=True) if lease else None
 
-    def give_up(self, lease: int) -> None:
-        """Of a lease of :meth:`admit` that will not be read under."""
-        if lease and not self.is_in_place:
+    def give_up(self, admission: Admission) -> None:
+        """What was admitted will not be read."""
+        if admission.lease:
             with contextlib.suppress(RdtError):
-                self.source.drop_lease(lease)
+                self.source.drop_lease(admission.lease)
 
     def read(
         self,
@@ -268,7 +258,7 @@ class Connection:
 
         Raises:
             TopologyChangedError: the tensors are others too, so that the engine must connect again.
-            RdtError: as :func:`open_connection` raises them; the old links are closed then.
+            RdtError: as ``connecting.open_connection`` raises them; the old links are closed then.
         """
         self.stop_borrowing()
         found = meet_trainers(self.client, self.request.timeout_s)
@@ -419,75 +409,6 @@ class Connection:
             }
             for rank, use in self.link_uses.items()
         ]
-
-
-def open_connection(request: ConnectRequest, client: CoordinatorClient, model: EngineModel) -> Connection:
-    """Record the loader, plan the reads, allocate what they need and open a link to each trainer rank.
-
-    Called in the thread that runs the model, while it does not run. Leaves every parameter as it was.
-
-    Raises:
-        RdtError: see :meth:`rdt_core.subscriber.WeightSubscriber.connect`.
-    """
-    source = client.of_lender(request.lender) if request.lender else client
-    patience_s = LENDER_TIMEOUT_S if request.lender else request.timeout_s
-    found = meet_trainers(source, min(request.timeout_s, patience_s))
-    recording = model.record(list(found.specs.values()))
-    wanted = engine_manifest(
-        recording,
-        found.specs,
-        rank=model.rank,
-        world_size=model.world_size,
-        node=node_name(),
-        device=str(model.device),
-    )
-    # An engine that lends does so for one read, which is not worth an arena.
-    arenas = NEVER if request.lender else request.arenas
-    cost = price_reads(request, arenas, model.rank, model.device, found.manifests)
-    staged = build_plan(wanted, found.manifests, cost=cost)
-    if request.lender:
-        refuse_other_dtypes(staged, found.specs)
-    mode = choose_mode(
-        request.mode,
-        landing_nbytes=staged.landing_nbytes,
-        free_nbytes=measure_free_bytes(model.device),
-        host_nbytes=measure_host_share(model.device, model.world_size),
-    )
-    device = torch.device("cpu") if mode == PINNED else model.device
-    if device != model.device:
-        # Reads that land elsewhere may go another way, at another price.
-        wanted = dataclasses.replace(wanted, device=str(device))
-        cost = price_reads(request, arenas, model.rank, device, found.manifests)
-        staged = build_plan(wanted, found.manifests, cost=cost)
-    plan = aim_in_place(staged, recording, cost) if mode == INPLACE else staged
-    landing = make_landing(plan, recording, found.specs, device)
-    planned = plan_links(plan, landing, rests=request.rests_in(mode))
-    scratch = ScratchPool()
-    try:
-        reader = reader_of(request, model.rank, device)
-        links = open_links(reader, source, found.manifests, planned.by_rank, scratch)
-    except BaseException:
-        scratch.close()
-        raise
-    return Connection(
-        request=request,
-        client=client,
-        source=source,
-        engine_rank=model.rank,
-        device=device,
-        wanted=wanted,
-        topology=found.topology,
-        recording=recording,
-        specs=found.specs,
-        plan=plan,
-        mode=mode,
-        landing=landing,
-        planned=planned,
-        links=links,
-        reader=ReaderThread(f"rdt-reader-{model.rank}"),
-        is_near=is_near(found.manifests),
-        scratch=scratch,
-    )
 
 
 def leave(client: CoordinatorClient, engine: str, rank: int) -> None:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rdt_core import ray_session, tracing
+from rdt_core.admission import UNCHECKED
 from rdt_core.client import CoordinatorClient, RayChannel
 from rdt_core.connect_request import ConnectRequest
-from rdt_core.connection import Connection, leave, open_connection
+from rdt_core.connecting import open_connection
+from rdt_core.connection import Connection, leave
 from rdt_core.describe import typed_view
 from rdt_core.digest import RegionDigest, digest_region
 from rdt_core.errors import (
@@ -29,6 +31,7 @@ from rdt_core.lifecycle import RankLife, RankState
 from rdt_core.words import Outcome
 
 if TYPE_CHECKING:
+    from rdt_core.admission import Admission
     from rdt_core.client import Channel
     from rdt_core.engine_model import EngineModel
     from rdt_core.fan_out import Circle
@@ -202,8 +205,8 @@ class WeightSubscriber:
         def read_and_report() -> None:
             try:
                 self._gather(connection, begun, circle, turn)
-                lease = self._await_publication(connection, begun) if awaits_publication else 0
-                self._read(connection, begun, lease)
+                admission = self._await_publication(connection, begun) if awaits_publication else UNCHECKED
+                self._read(connection, begun, admission)
                 outcome = Outcome({"version": version, "prepare_s": connection.read_s})
             except RdtError as error:
                 outcome = Outcome(error=error)
@@ -215,11 +218,10 @@ class WeightSubscriber:
 
         connection.reader.start(read)
 
-    def _await_publication(self, connection: Connection, attempt: _Attempt) -> int:
+    def _await_publication(self, connection: Connection, attempt: _Attempt) -> Admission:
         """Until there is something to read, or the read is not wanted any more, or time is up.
 
-        Returns what :meth:`Connection.admit` does, or 0. Says no more of how it ended: the read that follows
-        finds out, and has the errors for it.
+        Says no more of how it ended: the read that follows finds out, and has the errors for it.
         """
         version, timeout_s = attempt.version, attempt.timeout_s
         deadline = time.monotonic() + timeout_s
@@ -234,7 +236,7 @@ class WeightSubscriber:
             logger.debug("rank %d: waiting for version %d failed: %s", self._model.rank, version, error)
         finally:
             self._is_awaiting = False
-        return 0
+        return UNCHECKED
 
     def _gather(self, connection: Connection, attempt: _Attempt, circle: Circle, turn: int) -> None:
         """With whom the read that follows is shared; nobody for an empty circle."""
@@ -251,20 +253,17 @@ class WeightSubscriber:
     def _check_wanted(self, attempt: _Attempt) -> None:
         self._life.check_wanted(attempt.number, attempt.version)
 
-    def _read(self, connection: Connection, attempt: _Attempt, lease: int = 0) -> None:
-        """Body of a prepare, in the caller's thread or in a reader's.
-
-        ``lease``: of :meth:`Connection.admit`.
-        """
+    def _read(self, connection: Connection, attempt: _Attempt, admission: Admission = UNCHECKED) -> None:
+        """Body of a prepare, in the caller's thread or in a reader's."""
         try:
             with connection.lock:
                 try:
                     self._check_wanted(attempt)
                 except AbortedError:
                     # A read that has begun gives its lease back itself; for this one a trainer would wait.
-                    connection.give_up(lease)
+                    connection.give_up(admission)
                     raise
-                self._read_or_check(connection, attempt, lease)
+                self._read_or_check(connection, attempt, admission)
                 # What is prepared may be committed at any time, so nobody may read the parameters any more.
                 self._lending.take_back(min(attempt.timeout_s, GRACE_S))
                 self._life.end_read(attempt.number, attempt.version)
@@ -274,16 +273,17 @@ class WeightSubscriber:
         finally:
             connection.close_when_idle()
 
-    def _read_or_check(self, connection: Connection, attempt: _Attempt, lease: int) -> None:
-        def read(lease: int = 0) -> None:
+    def _read_or_check(self, connection: Connection, attempt: _Attempt, admission: Admission) -> None:
+        def read(admission: Admission = UNCHECKED) -> None:
             if not connection.is_in_place:
                 check_wanted = functools.partial(self._check_wanted, attempt)
+                lease = admission.lease
                 connection.read(attempt.version, attempt.timeout_s, check_wanted, attempt.verify, lease)
-            elif not lease:
+            elif not admission.is_checked:
                 connection.check(attempt.version)
 
         try:
-            read(lease)
+            read(admission)
         except TopologyChangedError as error:
             logger.info("rank %d plans again: %s", self._model.rank, error.detail)
             connection.relink()
