@@ -22,6 +22,7 @@ from rdt_core.errors import (
     SupersededError,
     TornReadError,
 )
+from rdt_core.wholeness import are_whole
 from tests.contract import gated
 from tests.contract.world import Clock, Engine, TrainerRank, World, expected_fingerprint
 from tests.local_group import wait_for
@@ -376,20 +377,37 @@ def test_a_restarted_trainer_is_read_without_a_reconnect_and_versions_go_on(
     new.close()
 
 
-def test_a_group_that_counts_anew_leaves_an_engine_the_version_that_it_holds() -> None:
-    channel = LocalChannel("policy", clock := Clock())
-    old = World(channel, [TrainerRank(channel, rank, 2) for rank in range(2)])
-    engine = Engine(channel)
-    engine.connect(transport="memory")
-    old.publish(7)
-    engine.subscriber.prepare(7)
-    engine.subscriber.commit(7)
-    for rank in old.trainers:
+def count_anew(world: World, clock: Clock) -> World:
+    """All trainers of a world die, and its coordinator with all it knew; others come in their place."""
+    for rank in world.trainers:
         rank.die()
     clock.skip(2 * SILENT_S)
-    # Nobody is left who could tell the next coordinator what this one knew.
-    channel.restart()
-    new = World(channel, [TrainerRank(channel, rank, 2) for rank in range(2)])
+    world.channel.restart()
+    return World(world.channel, [TrainerRank(world.channel, rank, 2) for rank in range(2)])
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """Of the world that is lost."""
+    return Clock()
+
+
+@pytest.fixture
+def lost_world(clock: Clock) -> World:
+    """A world whose trainers and coordinator a test has die together."""
+    channel = LocalChannel("policy", clock)
+    return World(channel, [TrainerRank(channel, rank, 2) for rank in range(2)])
+
+
+def test_a_group_that_counts_anew_leaves_an_engine_the_version_that_it_holds(
+    lost_world: World, clock: Clock
+) -> None:
+    engine = Engine(lost_world.channel)
+    engine.connect(transport="memory")
+    lost_world.publish(7)
+    engine.subscriber.prepare(7)
+    engine.subscriber.commit(7)
+    new = count_anew(lost_world, clock)
     joined = engine.connect(transport="memory")
     assert joined["version"] == 0
     assert engine.subscriber.version == engine.subscriber.status()["version"] == 7
@@ -403,6 +421,36 @@ def test_a_group_that_counts_anew_leaves_an_engine_the_version_that_it_holds() -
     assert engine.subscriber.version == engine.subscriber.status()["version"] == 3
     assert engine.fingerprint == expected_fingerprint(3)
     engine.subscriber.disconnect()
+    new.close()
+
+
+@pytest.mark.parametrize("reconnects", [True, False])
+def test_a_number_that_two_sessions_gave_is_not_one_version(
+    lost_world: World, clock: Clock, *, reconnects: bool
+) -> None:
+    ranks = [Engine(lost_world.channel, f"http://{name}") for name in "ab"]
+    for number, rank in zip((6, 7), ranks, strict=True):
+        rank.connect(transport="memory")
+        lost_world.publish(number)
+        rank.subscriber.prepare(number)
+        rank.subscriber.commit(number)
+    new = count_anew(lost_world, clock)
+    one, other = ranks
+    if reconnects:
+        one.connect(transport="memory")
+    new.publish(7)
+    one.subscriber.prepare(7)
+    one.subscriber.commit(7)
+    states = [rank.subscriber.status() for rank in ranks]
+    assert [state["version"] for state in states] == [7, 7]
+    assert not are_whole(states)
+    if reconnects:
+        other.connect(transport="memory")
+        other.subscriber.prepare(7)
+        other.subscriber.commit(7)
+        assert are_whole([rank.subscriber.status() for rank in ranks])
+    for rank in ranks:
+        rank.subscriber.disconnect()
     new.close()
 
 

@@ -37,6 +37,11 @@ READS = ["/rdt/status", "/is_paused", "/weight_info"]
 OTHER_DEVELOPMENT = ["/collective_rpc", "/reset_prefix_cache", "/sleep", "/wake_up"]
 
 
+def holds(version: int, session: str = "first") -> dict[str, Any]:
+    """What a worker that is whole answers to ``status``."""
+    return {"ok": True, "result": {"version": version, "session": session, "is_torn": False}}
+
+
 class RecordingClient:
     """Stands where ``AsyncLLM`` would: two workers whose answers a test sets, and the order of all calls."""
 
@@ -54,7 +59,7 @@ class RecordingClient:
         self.calls.append(f"{name}:{args[0]}")
         if self.error is not None:
             raise self.error
-        return self.answers.get(args[0], [{"ok": True, "result": {"version": 0, "is_torn": False}}] * 2)
+        return self.answers.get(args[0], [holds(0)] * 2)
 
     async def is_paused(self) -> bool:
         return self.paused
@@ -184,12 +189,13 @@ def test_a_commit_that_no_worker_began_is_reported_unlabelled_and_generation_goe
     assert client.calls[-1] == "resume"
 
 
+@pytest.mark.parametrize("missed", [holds(6), holds(7, "the session before")])
 def test_a_commit_that_some_workers_missed_holds_generation_until_one_succeeds_on_all(
-    flagged: TestClient, client: RecordingClient
+    flagged: TestClient, client: RecordingClient, missed: dict[str, Any]
 ) -> None:
     done = {"ok": True, "result": {}}
     client.answers["commit"] = [done, {"ok": False, "error": to_wire(NotPreparedError(7, None))}]
-    client.answers["status"] = [{"ok": True, "result": {"version": v, "is_torn": False}} for v in (7, 6)]
+    client.answers["status"] = [holds(7), missed]
     assert flagged.post("/rdt/commit", json={"version": 7}, headers=BEARER).status_code == 409
     assert client.paused
     assert client.weight_version == "default"

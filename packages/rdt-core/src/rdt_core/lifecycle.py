@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from enum import StrEnum
+from typing import NamedTuple
 
 from rdt_core.errors import (
     AbortedError,
@@ -157,6 +158,18 @@ class SyncLife:
             self._state = SYNC_MOVES.get((self._state, SyncEvent.FAIL), self._state)
 
 
+class Held(NamedTuple):
+    """What a model holds.
+
+    Args:
+        version: as the group counted; 0 before the first commit.
+        session: of the group that counted so. Another one may give the same number to other bytes.
+    """
+
+    version: int
+    session: str
+
+
 class RankLife:
     """One engine rank's state. Kept by its subscriber over all connections; safe to use from two threads.
 
@@ -169,7 +182,9 @@ class RankLife:
         self._rank, self._model = RankState.APART, ModelState.WHOLE
         self._attempt = 0
         self._version: int | None = None
-        self._committed = self._held = 0
+        self._committed = 0
+        self._session = ""
+        self._held = Held(0, "")
 
     @property
     def state(self) -> RankState:
@@ -182,8 +197,8 @@ class RankLife:
         return self._committed
 
     @property
-    def held(self) -> int:
-        """The version that the model holds, or held last, of whatever session it was; 0 before the first."""
+    def held(self) -> Held:
+        """What the model holds, or held last, of whatever session it was."""
         return self._held
 
     @property
@@ -196,13 +211,22 @@ class RankLife:
         """Whether the parameters are, or may be, of more than one version."""
         return self._model is not ModelState.WHOLE
 
-    def connect(self, *, is_new_session: bool) -> None:
-        """The rank joined a group. Versions of another session count no more, though the model holds one."""
+    def connect(self, session: str) -> None:
+        """The rank joined a group. Versions of another session count no more, though the model holds one.
+
+        Args:
+            session: of the group, in which its versions grow.
+        """
         with self._lock:
             self._move(Event.CONNECT)
             self._attempt += 1
-            if is_new_session:
-                self._committed = 0
+            if session != self._session:
+                self._session, self._committed = session, 0
+
+    def follow(self, session: str) -> None:
+        """The trainers were replaced, maybe the session too: what is committed from now on is of this one."""
+        with self._lock:
+            self._session = session
 
     def check_at_rest(self, version: int) -> str | None:
         """Why the model may not be read as ``version``; None while it holds that and nothing is under way."""
@@ -294,7 +318,8 @@ class RankLife:
         with self._lock:
             self._move_model(Event.DONE)
             self._move(Event.DONE)
-            self._committed = self._held = self._version or self._committed
+            self._committed = self._version or self._committed
+            self._held = Held(self._committed, self._session)
 
     def fail_flip(self) -> None:
         """The flip failed; the model is torn if a byte had changed."""

@@ -69,7 +69,6 @@ class WeightSubscriber:
         self._model = model
         self._channel = channel
         self._connection: Connection | None = None
-        self._session = ""
         self._life = RankLife()
         self._lending = Lending()
         self._last_commit: dict[str, Any] | None = None
@@ -82,7 +81,7 @@ class WeightSubscriber:
         It stays when the group begins to count anew, its coordinator and all of its trainers having gone:
         what the model holds is still that.
         """
-        return self._life.held
+        return self._life.held.version
 
     @property
     def rank(self) -> int:
@@ -129,8 +128,8 @@ class WeightSubscriber:
             session = client.session()
             client.join(request.engine, self._model.rank, info)
             undo.pop_all()
-        self._life.connect(is_new_session=session != self._session)
-        self._session, self._connection = session, connection
+        self._life.connect(session)
+        self._connection = connection
         logger.info(
             "rank %d connected to sync group %s, %s: %d tensors, %d bytes, %d reads, %.2f s",
             self._model.rank,
@@ -287,6 +286,7 @@ class WeightSubscriber:
         except TopologyChangedError as error:
             logger.info("rank %d plans again: %s", self._model.rank, error.detail)
             connection.relink()
+            self._life.follow(connection.client.session())
             read()
 
     def commit(self, version: int, *, timeout_s: float = 60.0, verify: str | None = None) -> dict[str, Any]:
@@ -427,15 +427,17 @@ class WeightSubscriber:
         return sorted(self._connected("digest").recording.reload)
 
     def status(self) -> dict[str, Any]:
-        """Plain values: rank, version, group (None), state, prepared, is_torn and last_commit.
+        """Plain values: rank, version, session, group (None), state, prepared, is_torn and last_commit.
 
-        ``last_commit`` is what the last :meth:`commit` returned, None before the first.
+        ``session`` is that of the group when it counted ``version``, empty before the first commit; see
+        :mod:`rdt_core.wholeness`. ``last_commit`` is what the last :meth:`commit` returned, or None.
         """
-        connection = self._connection
+        connection, held = self._connection, self._life.held
         return {
             "rank": self._model.rank,
             "world_size": self._model.world_size,
-            "version": self._life.held,
+            "version": held.version,
+            "session": held.session,
             "group": connection.request.group if connection else None,
             "mode": connection.mode if connection else None,
             "state": str(self._life.state),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from rdt_core import engine_rpc, ray_session
+from rdt_core import engine_rpc, ray_session, wholeness
 from rdt_core.error_wire import to_wire
 from rdt_core.errors import (
     CannotLendError,
@@ -186,8 +186,7 @@ class SchedulerReceiver:
 
     def _is_whole(self) -> bool:
         """Whether all ranks of the group hold one version. When not, nothing may be computed."""
-        states = compat.gather(self._subscriber.status())
-        return len({state["version"] for state in states}) == 1 and not any(s["is_torn"] for s in states)
+        return wholeness.are_whole(compat.gather(self._subscriber.status()))
 
     def _resume(self, *, was_paused: bool) -> None:
         if not was_paused:

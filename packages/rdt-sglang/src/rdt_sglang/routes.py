@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
+from rdt_core import wholeness
 from rdt_core.engine_routes import answer_error, key_guard, make_router, read_body
 from rdt_core.error_wire import from_wire, to_wire
 from rdt_core.errors import ConfigError, DeadlineError, EngineTornError, NotPreparedError, RdtError
@@ -103,13 +104,7 @@ class SglangBackend:
 
     async def _find_torn(self) -> EngineTornError | None:
         """What is wrong when the ranks do not all hold one and the same version."""
-        answers = await self._ask("status", {})
-        states = [answer["result"] for answer in answers if answer["ok"]]
-        versions = {state["version"] for state in states}
-        is_whole = len(states) == len(answers) and not any(state["is_torn"] for state in states)
-        if is_whole and len(versions) == 1:
-            return None
-        return EngineTornError(self.engine, min(versions, default=0))
+        return wholeness.find_torn(self.engine, await self._ask("status", {}))
 
     async def _call_beside(self, method: str, payload: dict[str, Any]) -> list[dict[str, Any]]:
         """Start a method in a thread of every rank, and ask until all have answered."""

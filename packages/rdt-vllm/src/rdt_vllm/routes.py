@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from rdt_core import engine_rpc
+from rdt_core import engine_rpc, wholeness
 from rdt_core.engine_routes import key_guard, make_router
 from rdt_core.error_wire import from_wire, to_wire
 from rdt_core.errors import (
@@ -153,13 +153,7 @@ class VllmBackend:
         self._torn = await self._find_torn() if await self._client.is_paused() else None
 
     async def _find_torn(self) -> EngineTornError | None:
-        answers = await self.call("status", {})
-        states = [answer["result"] for answer in answers if answer["ok"]]
-        versions = {state["version"] for state in states}
-        is_whole = len(states) == len(answers) and not any(state["is_torn"] for state in states)
-        if is_whole and len(versions) == 1:
-            return None
-        return EngineTornError(self.engine, min(versions, default=0))
+        return wholeness.find_torn(self.engine, await self.call("status", {}))
 
 
 class WeightSyncMiddleware:
