@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import itertools
 import time
 import uuid
 from collections import deque
@@ -33,6 +32,7 @@ from rdt_core.errors import (
 )
 from rdt_core.known_trainer import KnownTrainer, ranks_behind, ranks_writing, topology_of
 from rdt_core.leases import LeaseBook
+from rdt_core.numbering import number_a_life
 from rdt_core.timeouts import check_timeout
 from rdt_core.words import NOTHING_SAID, LastWords, Outcome, TrainerTask
 
@@ -71,7 +71,7 @@ class Coordinator:
         self._prepared: dict[tuple[str, int], tuple[str, Outcome]] = {}
         self._outcomes: dict[int, Outcome] = {}
         self._open_tasks: set[int] = set()
-        self._numbers = itertools.count(1)
+        self._numbers = number_a_life()
         self._history: deque[dict[str, Any]] = deque(maxlen=MAX_HISTORY)
         self._changed = asyncio.Condition()
 

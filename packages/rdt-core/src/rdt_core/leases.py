@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from rdt_core.numbering import number_a_life
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +31,7 @@ class LeaseBook:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._numbers = itertools.count(1)
+        self._numbers = number_a_life()
         self._leases: dict[int, Lease] = {}
 
     def take(self, reader: Member, version: int, ttl_s: float) -> int:
