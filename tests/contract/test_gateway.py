@@ -26,6 +26,7 @@ from tests.areal_client import ArealClient, NewerArealClient
 from tests.contract.notes import Notes
 from tests.contract.world import expected_fingerprint
 from tests.integration.test_sync import fingerprint
+from tests.integration.toy_trainer import ToyTrainer
 from tests.local_group import LocalGroup, local_group, serve, wait_for
 
 if TYPE_CHECKING:
@@ -146,6 +147,19 @@ def test_a_version_that_was_synced_is_answered_again_and_not_run_again(
     assert again.status_code == 200
     assert again.json() == first.json()
     assert gateway.notes.count("synced") == runs
+
+
+def test_a_version_of_trainers_that_were_replaced_is_not_taken_for_the_one_that_was_synced(
+    gateway: Gateway, pair: str, group: LocalGroup
+) -> None:
+    version = group.write_and_publish()
+    assert gateway.update(pair, version).status_code == 200
+    group.trainers[1].close()
+    group.trainers[1] = ToyTrainer(1, 2)
+    group.trainers[1].attach(group.name, group.channel)
+    refused = gateway.update(pair, version)
+    assert (refused.status_code, refused.json()["error_type"]) == (409, "StaleVersionError")
+    assert gateway.update(pair, group.write_and_publish()).status_code == 200
 
 
 def test_a_retry_joins_the_update_that_is_under_way_and_another_version_is_refused(

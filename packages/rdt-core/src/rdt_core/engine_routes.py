@@ -184,8 +184,9 @@ def _answer(ranks: list[dict[str, Any]], **more: Any) -> JSONResponse:
 
 def _summarize(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The group, the version and the last sync's report, each None where not all ranks say the same."""
-    groups, versions = ({state.get(name) for state in states} for name in ("group", "version"))
-    version = versions.pop() if len(versions) == 1 else None
+    groups = {state.get("group") for state in states}
+    held = {(state.get("version"), state.get("session")) for state in states}
+    version = held.pop()[0] if len(held) == 1 else None
     commits = [state["last_commit"] for state in states if state.get("last_commit")]
     is_told = bool(commits) and all(commit["version"] == version for commit in commits)
     return {

@@ -327,6 +327,14 @@ class WeightSync:
             seconds=time.perf_counter() - started,
         )
 
+    def topology(self) -> str:
+        """Names the trainer processes; another name when any was replaced. Asks the coordinator.
+
+        Raises:
+            SessionError, DeadlineError: it does not answer.
+        """
+        return self._client.topology()
+
     def status(self) -> dict[str, Any]:
         """Plain values about the group's trainers and engines."""
         return self._client.status()

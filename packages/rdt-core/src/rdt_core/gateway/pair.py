@@ -49,11 +49,13 @@ class UpdateResult:
         report: what ``WeightSync.update`` returned.
         publish_s: until every trainer worker had published; 0 when the trainers publish by themselves.
         seconds: the whole update.
+        topology: names the trainer processes that it began with.
     """
 
     report: SyncReport
     publish_s: float
     seconds: float
+    topology: str
 
 
 class PairNotes:
@@ -93,7 +95,7 @@ class Pair:
 
     Updates are idempotent by version: asked again for a version that is being synced, a caller gets the same
     future; for the version that was synced last, its result. A version that failed, if only on one engine, is
-    tried again.
+    tried again, and so is one of other trainer processes: they may give its number to other bytes.
 
     Args:
         spec: what to bring together.
@@ -153,11 +155,6 @@ class Pair:
                 if running.version != version:
                     raise PairBusyError(self.spec.name, running.version, version)
                 return running.result
-            last = self._last
-            if last is not None and last.report.version == version and not last.report.failures:
-                done: Future[UpdateResult] = Future()
-                done.set_result(last)
-                return done
             result = self._thread.submit(self._update, version, mode, kv_cache, timeout_s)
             self._running = _Running(version, result)
             return result
@@ -236,6 +233,10 @@ class Pair:
         started = time.perf_counter()
         self._failed_phase = ""
         try:
+            topology = sync.topology()
+            done = self._find_done(version, topology)
+            if done is not None:
+                return done
             if self._workers is not None:
                 self._workers.publish(self.spec.name, version, timeout_s)
             published = time.perf_counter()
@@ -247,10 +248,20 @@ class Pair:
                 self._failed_phase = ended[0].phase
             raise
         result = UpdateResult(
-            report=report, publish_s=published - started, seconds=time.perf_counter() - started
+            report=report,
+            publish_s=published - started,
+            seconds=time.perf_counter() - started,
+            topology=topology,
         )
         self._last, self._last_error = result, None
         return result
+
+    def _find_done(self, version: int, topology: str) -> UpdateResult | None:
+        """The last update, if it brought this version of these trainers to every engine."""
+        last = self._last
+        if last is None or (last.report.version, last.topology) != (version, topology):
+            return None
+        return None if last.report.failures else last
 
     def _disconnect(self) -> None:
         if self._sync is not None:
