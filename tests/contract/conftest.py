@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from rdt_core import transports
+from rdt_core.client import LocalChannel
 from tests.contract import gated
-from tests.contract.world import World, make_world
+from tests.contract.world import GROUP, Clock, TrainerRank, World, make_world
 from tests.data_workers import data_workers, find_obstacle
 from tests.local_ray import local_ray
 
@@ -42,6 +43,19 @@ def world(shared_world: World) -> Iterator[World]:
     gated.reset()
     yield shared_world
     gated.reset()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """Of a coordinator in this process that a test has to itself."""
+    return Clock()
+
+
+@pytest.fixture
+def lost_world(clock: Clock) -> World:
+    """Two trainer ranks and a coordinator, for a test that has them die: see ``count_anew``."""
+    channel = LocalChannel(GROUP, clock)
+    return World(channel, [TrainerRank(channel, rank, 2) for rank in range(2)])
 
 
 @pytest.fixture(scope="session")

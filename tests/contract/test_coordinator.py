@@ -40,12 +40,6 @@ if TYPE_CHECKING:
     from rdt_core.words import TrainerTask
 
 
-@pytest.fixture
-def clock() -> Clock:
-    """Of the coordinator in this process. An actor has its own, and its tests wait."""
-    return Clock()
-
-
 class SharedActor:
     """A coordinator's actor for many tests, since each takes seconds to import torch."""
 

@@ -24,7 +24,7 @@ from rdt_core.errors import (
 )
 from rdt_core.wholeness import are_whole
 from tests.contract import gated
-from tests.contract.world import Clock, Engine, TrainerRank, World, expected_fingerprint
+from tests.contract.world import Clock, Engine, TrainerRank, World, count_anew, expected_fingerprint
 from tests.local_group import wait_for
 
 if TYPE_CHECKING:
@@ -375,28 +375,6 @@ def test_a_restarted_trainer_is_read_without_a_reconnect_and_versions_go_on(
     assert engine.subscriber.status()["group"] == "policy"
     engine.subscriber.disconnect()
     new.close()
-
-
-def count_anew(world: World, clock: Clock) -> World:
-    """All trainers of a world die, and its coordinator with all it knew; others come in their place."""
-    for rank in world.trainers:
-        rank.die()
-    clock.skip(2 * SILENT_S)
-    world.channel.restart()
-    return World(world.channel, [TrainerRank(world.channel, rank, 2) for rank in range(2)])
-
-
-@pytest.fixture
-def clock() -> Clock:
-    """Of the world that is lost."""
-    return Clock()
-
-
-@pytest.fixture
-def lost_world(clock: Clock) -> World:
-    """A world whose trainers and coordinator a test has die together."""
-    channel = LocalChannel("policy", clock)
-    return World(channel, [TrainerRank(channel, rank, 2) for rank in range(2)])
 
 
 def test_a_group_that_counts_anew_leaves_an_engine_the_version_that_it_holds(

@@ -22,7 +22,7 @@ from rdt_core.errors import (
 )
 from tests.contract import gated
 from tests.contract.local_engine import LocalEngine
-from tests.contract.world import GROUP, World, expected_fingerprint
+from tests.contract.world import GROUP, Clock, World, count_anew, expected_fingerprint
 from tests.local_group import wait_for
 
 if TYPE_CHECKING:
@@ -370,6 +370,35 @@ def test_a_coordinator_that_is_restarted_in_mid_read_costs_an_update_one_more_re
     assert not update.is_alive()
     assert [engine.fingerprint for engine in engines] == [expected_fingerprint(version)] * 2
     sync.close()
+
+
+@pytest.mark.parametrize("counts_on", [True, False])
+def test_a_driver_that_outlives_trainers_and_coordinator_brings_their_successors_versions_to_all(
+    lost_world: World, clock: Clock, *, counts_on: bool
+) -> None:
+    engines = [LocalEngine(lost_world.channel, name) for name in ("a", "b")]
+    sync = connect(lost_world, engines)
+    lost_world.publish(7)
+    sync.update(7, timeout_s=TIMEOUT_S)
+    lost_world.publish(8)
+    engines[1].is_dead = True
+    # It leaves the first at a version that the successors give as well, to other bytes.
+    assert len(sync.update(8, commit_policy="engine", timeout_s=TIMEOUT_S).failures) == 1
+    engines[1].is_dead = False
+    new = count_anew(lost_world, clock)
+    version = 8 if counts_on else 1
+    for rank in new.trainers:
+        rank.write(100)
+        rank.publisher.publish(version)
+    report = sync.update(version, timeout_s=TIMEOUT_S)
+    assert sorted(row.engine for row in report.ranks) == ["a", "b"]
+    assert [engine.fingerprint for engine in engines] == [expected_fingerprint(100)] * 2
+    with pytest.raises(StaleVersionError):
+        sync.update(version, timeout_s=TIMEOUT_S)
+    sync.close()
+    for engine in engines:
+        engine.stop()
+    new.close()
 
 
 def test_a_connect_that_is_given_up_leaves_no_engine_in_the_group(

@@ -11,6 +11,7 @@ import torch
 
 from rdt_core import LocalShards, WeightPublisher, WeightSubscriber
 from rdt_core.client import CoordinatorClient, LocalChannel
+from rdt_core.coordinator import SILENT_S
 from rdt_core.subscriber import ConnectRequest
 from tests.contract import gated
 from tests.integration.toy_engine import ToyEngineModel, ToyModel, fingerprint
@@ -114,6 +115,20 @@ class World:
 def make_world(num_ranks: int = 2) -> World:
     channel = LocalChannel(GROUP)
     return World(channel, [TrainerRank(channel, rank, num_ranks) for rank in range(num_ranks)])
+
+
+def count_anew(world: World, clock: Clock) -> World:
+    """All trainers of a world die, and its coordinator with all it knew; others come in their place.
+
+    Args:
+        world: that is lost.
+        clock: of its coordinator.
+    """
+    for rank in world.trainers:
+        rank.die()
+    clock.skip(2 * SILENT_S)
+    world.channel.restart()
+    return World(world.channel, [TrainerRank(world.channel, rank, 2) for rank in range(2)])
 
 
 def expected_fingerprint(

@@ -80,6 +80,7 @@ class WeightSync:
         self._members = {engine.url: Member(engine) for engine in engines}
         self._pool = ThreadPoolExecutor(_MAX_ENGINES_AT_ONCE, thread_name_prefix="rdt-sync")
         self._life = SyncLife()
+        self._session = ""
 
     @classmethod
     def connect(  # noqa: PLR0913  one keyword a choice that the user has
@@ -171,11 +172,12 @@ class WeightSync:
         return sync
 
     def join_all(self) -> None:
-        """Have every engine join the group. Called once, by :meth:`connect`.
+        """Have every engine join the group, anew where it has. Called by :meth:`connect`.
 
         Raises:
             RdtError: of the first engine that did not.
         """
+        self._session = self._client.session()
         self._on_all(lambda member: member.connect(self._asked, float(self._asked["timeout_s"])))
         observer.tell(self._observers, lambda told: told.on_connected(self._group, self.engines))
 
@@ -240,11 +242,19 @@ class WeightSync:
         )
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise InvalidVersionError(version)
+        if version <= self._newest and self._session != self._client.session():
+            # The coordinator and all trainers were lost: what engines hold was counted by others.
+            with self._changing():
+                self.join_all()
         behind = [member for member in self._members.values() if member.version < version]
-        newest = max((member.version for member in self._members.values()), default=0)
-        if version < newest or not behind:
-            raise StaleVersionError(version, newest, "synced")
+        if version < self._newest or not behind:
+            raise StaleVersionError(version, self._newest, "synced")
         return self._update(behind, version, options)
+
+    @property
+    def _newest(self) -> int:
+        """The highest version that an engine serves; 0 before the first update."""
+        return max((member.version for member in self._members.values()), default=0)
 
     def add_engine(self, url: str, *, api_key: str | None = None, timeout_s: float = 120.0) -> int:
         """Have one more engine join; nobody else reconnects. Returns the version that it serves then.
@@ -266,7 +276,7 @@ class WeightSync:
         if engine.url in self._members:
             engine.close()
             raise ConfigError(f"engine {engine.url} is a member already. Remove it first.")
-        current = max((member.version for member in self._members.values()), default=0)
+        current = self._newest
         member = Member(engine)
         with self._changing():
             try:
@@ -425,13 +435,12 @@ class WeightSync:
             if not is_as_wanted:
                 member.connect(self._asked, float(self._asked["timeout_s"]))
 
-        newest = max(member.version for member in self._members.values())
         # Who has missed a version may be gone: nobody waits for its share.
         staying = [
             member
             for member in members
             if member.is_connected
-            and member.version == newest
+            and member.version == self._newest
             and (options.mode is None or member.reads_in(options.mode))
         ]
         circles = form_circles([place for member in staying for place in member.places])
