@@ -78,6 +78,8 @@ class FusedModel(nn.Module):
 class BenchModel:
     """See :class:`rdt_core.engine_model.EngineModel`."""
 
+    is_asleep = False
+
     def __init__(self, case: str, device: torch.device, rank: int, size: int) -> None:
         self.rank, self.world_size, self.device = rank, size, device
         self._model = FusedModel(CASES[case].shapes(), device, rank, size)

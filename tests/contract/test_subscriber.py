@@ -12,6 +12,7 @@ from rdt_core.coordinator import SILENT_S
 from rdt_core.errors import (
     AbortedError,
     CannotLendError,
+    EngineAsleepError,
     LeaseLostError,
     NotPreparedError,
     NotPublishedError,
@@ -347,6 +348,31 @@ def test_a_torn_read_in_place_is_found_by_digest_and_the_engine_refuses_to_serve
     with pytest.raises(TornReadError):
         engine.subscriber.commit(version, verify="digest")
     assert engine.subscriber.is_torn
+
+
+@pytest.mark.parametrize("mode", ["staged", "inplace"])
+def test_the_weights_of_an_engine_that_sleeps_are_not_touched(
+    world: World, engine: Engine, version: int, mode: str
+) -> None:
+    engine.connect(mode)
+    engine.subscriber.prepare(version)
+    before = engine.fingerprint
+    engine.engine_model.is_asleep = True
+    for touch in (
+        lambda: engine.subscriber.commit(version),
+        lambda: engine.subscriber.prepare(version),
+        lambda: engine.subscriber.start_prepare(version, "asleep"),
+        lambda: engine.subscriber.lend(version),
+        engine.subscriber.digests,
+        lambda: engine.connect(mode),
+    ):
+        with pytest.raises(EngineAsleepError):
+            touch()
+    assert engine.fingerprint == before
+    assert engine.subscriber.status()["is_asleep"]
+    engine.engine_model.is_asleep = False
+    engine.subscriber.commit(version)
+    assert engine.fingerprint == expected_fingerprint(version)
 
 
 def test_a_restarted_trainer_is_read_without_a_reconnect_and_versions_go_on(

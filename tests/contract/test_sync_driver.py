@@ -12,6 +12,7 @@ from rdt_core.errors import (
     BusyError,
     ClosedError,
     ConfigError,
+    EngineAsleepError,
     EngineUnreachableError,
     NotConnectedError,
     NotPublishedError,
@@ -85,6 +86,21 @@ def test_one_engine_that_dies_before_the_read_keeps_all_from_committing(
     engines[1].is_dead = False
     sync.update(version, timeout_s=TIMEOUT_S)
     assert engines[0].fingerprint == engines[1].fingerprint == expected_fingerprint(version)
+
+
+def test_one_engine_that_sleeps_keeps_all_from_committing_until_it_is_woken(
+    world: World, engines: list[LocalEngine], sync: WeightSync
+) -> None:
+    served, version = sync.version, publish_next(world)
+    engines[1].engine_model.is_asleep = True
+    with pytest.raises(UpdateFailedError) as caught:
+        sync.update(version, timeout_s=TIMEOUT_S)
+    assert (caught.value.phase, caught.value.engine) == ("prepare", "b")
+    assert isinstance(caught.value.__cause__, EngineAsleepError)
+    assert [engine.fingerprint for engine in engines] == [expected_fingerprint(served)] * 2
+    engines[1].engine_model.is_asleep = False
+    sync.update(version, timeout_s=TIMEOUT_S)
+    assert [engine.fingerprint for engine in engines] == [expected_fingerprint(version)] * 2
 
 
 def test_with_policy_engine_the_others_commit_and_the_one_that_failed_is_reported_and_catches_up(

@@ -71,7 +71,8 @@ class Engine:
     def __init__(self, channel: LocalChannel, name: str = "http://a") -> None:
         self.name = name
         self.model = ToyModel(100, torch.float32)
-        self.subscriber = WeightSubscriber(ToyEngineModel(self.model), channel=channel)
+        self.engine_model = ToyEngineModel(self.model)
+        self.subscriber = WeightSubscriber(self.engine_model, channel=channel)
 
     def connect(
         self, mode: str = "staged", transport: str = gated.NAME, read_share: float = 1.0

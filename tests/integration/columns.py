@@ -48,6 +48,7 @@ class EngineRank:
     """See :class:`rdt_core.engine_model.EngineModel`."""
 
     device = torch.device("cpu")
+    is_asleep = False
 
     def __init__(self, model: Columns, rank: int, world_size: int) -> None:
         self.model, self.rank, self.world_size = model, rank, world_size

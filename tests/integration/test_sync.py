@@ -310,6 +310,7 @@ def test_a_missing_trainer_rank_is_refused_by_number(ray_cluster: str, group: st
 
 def test_a_second_publisher_under_one_name_is_refused(trainers: Trainers, engine: str) -> None:
     second = start_trainers(2)
+    get(second[0].__ray_ready__.remote())
     with Refusal(engine), pytest.raises(GroupInUseError):
         get(second[0].attach.remote(trainers.group))
 

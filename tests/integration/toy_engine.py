@@ -75,6 +75,7 @@ class ToyEngineModel:
     def __init__(self, model: ToyModel) -> None:
         self.model, self.device = model, torch.device("cpu")
         self.num_finalized = 0
+        self.is_asleep = False
 
     def record(self, specs: Sequence[TensorSpec]) -> Recording:
         return record_loader(self.model, specs)

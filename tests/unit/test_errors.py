@@ -67,6 +67,7 @@ EXAMPLES: dict[str, tuple[object, ...]] = {
     "EngineError": ("an engine failed",),
     "EngineUnreachableError": ("http://10.0.0.2:8000", "connection refused"),
     "EngineTornError": ("http://a:1", 3),
+    "EngineAsleepError": ("commit",),
     "EngineRefusedError": ("http://10.0.0.2:8000", 401, "Unauthorized"),
     "UpdateFailedError": (3, "prepare", "http://10.0.0.2:8000", 1, "a read timed out"),
     "WindowMovedError": ("model.norm.weight", 3),

@@ -164,6 +164,30 @@ def test_two_updates_at_once_are_both_answered_and_one_takes_effect(
     serves_on(server, trainer, ray_address, checkpoint(family, 1))
 
 
+def test_a_server_whose_weights_are_released_is_not_touched_and_takes_the_next_version_when_they_are_back(
+    server: Server,
+    trainer: Trainer,
+    ray_address: str,
+    family: str,
+    checkpoint: Callable[[str, int], Path],
+) -> None:
+    """The CPU's schedulers go through all of it and keep their memory."""
+    serves_on(server, trainer, ray_address, checkpoint(family, 0))
+    where = {"group": trainer.group, "ray_address": ray_address, "ray_auth_mode": auth_mode()}
+    version = next_version(server, trainer)
+    trainer.publish(checkpoint(family, 1), version)
+    released = {"tags": ["weights", "kv_cache"]}
+    assert server.post("/release_memory_occupation", released).is_success
+    assert [state["is_asleep"] for state in ranks_of(server)] == [True, True]
+    assert "sleeps" in sentence_of(update(server, version=version, **where), 409)
+    assert server.post("/resume_memory_occupation", {"tags": ["weights"]}).is_success
+    done = update(server, version=version, **where)
+    assert done.is_success, done.text
+    assert server.post("/resume_memory_occupation", {"tags": ["kv_cache"]}).is_success
+    assert {(state["version"], state["is_asleep"]) for state in ranks_of(server)} == {(version, False)}
+    assert len(ask(server, PROMPTS[0], NUM_TOKENS)["output_ids"]) == NUM_TOKENS
+
+
 @pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
 def test_an_update_of_a_paused_server_takes_effect_and_leaves_it_paused(
     server: Server,

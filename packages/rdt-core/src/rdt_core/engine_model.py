@@ -26,6 +26,10 @@ class EngineModel(Protocol):
     world_size: int
     device: torch.device
 
+    @property
+    def is_asleep(self) -> bool:
+        """Whether the memory of its parameters is away: nobody may touch them. Asked by any thread."""
+
     def record(self, specs: Sequence[TensorSpec]) -> Recording:
         """Find, for every region of the given checkpoint tensors, the parameter region it fills.
 

@@ -20,6 +20,7 @@ from rdt_core.error_wire import from_wire, to_wire
 from rdt_core.errors import (
     ConfigError,
     CoordinatorLostError,
+    EngineAsleepError,
     EngineTornError,
     NotConnectedError,
     RdtError,
@@ -43,6 +44,7 @@ _STATUS_OF_ERROR = (
     (VersionError, 409),
     (CoordinatorLostError, 503),
     (EngineTornError, 503),
+    (EngineAsleepError, 409),
     (ConfigError, 400),
 )
 

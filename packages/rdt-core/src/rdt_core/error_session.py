@@ -170,6 +170,19 @@ class EngineTornError(EngineError):
         )
 
 
+class EngineAsleepError(EngineError):
+    """The memory of an engine's weights is away, as its user wished: it can neither be read nor written."""
+
+    def __init__(self, operation: str) -> None:
+        self.operation = operation
+        super().__init__(
+            f"cannot {operation}: this engine sleeps, and the memory of its weights is given away. Wake its "
+            "weights first (vLLM: POST /wake_up?tags=weights; SGLang: POST /resume_memory_occupation with "
+            '{"tags": ["weights"]}), then try again.',
+            (operation,),
+        )
+
+
 class EngineRefusedError(EngineError):
     """An engine answered a control request with an error that is not one of ours."""
 

@@ -49,6 +49,7 @@
     |-- EngineError                 an engine refused or failed
     |   |-- EngineUnreachableError
     |   |-- EngineTornError
+    |   |-- EngineAsleepError
     |   `-- EngineRefusedError
     |-- UpdateFailedError           a sync ended without a commit; the old version serves
     |-- WindowMovedError            a parameter's memory is no longer where it was attached
@@ -88,6 +89,7 @@ from rdt_core.error_session import (
     ClosedError,
     CoordinatorLostError,
     DeadlineError,
+    EngineAsleepError,
     EngineError,
     EngineRefusedError,
     EngineTornError,
@@ -135,6 +137,7 @@ __all__ = [
     "CoverageError",
     "DeadlineError",
     "DtypeError",
+    "EngineAsleepError",
     "EngineError",
     "EngineRefusedError",
     "EngineTornError",

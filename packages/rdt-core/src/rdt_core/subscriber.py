@@ -20,6 +20,7 @@ from rdt_core.digest import RegionDigest, digest_region
 from rdt_core.errors import (
     AbortedError,
     CannotLendError,
+    EngineAsleepError,
     NotConnectedError,
     NotPreparedError,
     RdtError,
@@ -115,6 +116,7 @@ class WeightSubscriber:
             RdtError: the typed reason; see the README's table.
         """
         started = time.perf_counter()
+        self._check_awake("connect")
         self.disconnect()
         client = self._reach(request)
         with contextlib.ExitStack() as undo:
@@ -148,7 +150,7 @@ class WeightSubscriber:
         In in-place mode nothing is read before the commit; this checks that there is something to read.
 
         Raises:
-            NotConnectedError: connect first.
+            NotConnectedError, EngineAsleepError: connect first; wake its weights first.
             StaleVersionError: not greater than the committed version.
             NotPublishedError: some trainer rank does not hold it yet.
             SupersededError: a trainer rank published again before the read was done.
@@ -157,8 +159,8 @@ class WeightSubscriber:
             AbortedError: the read was taken back.
             SourceDiedError, PullTimeoutError, TransportError: bytes did not arrive.
         """
-        attempt = _Attempt(self._life.begin_read(version), version, timeout_s, verify)
         connection = self._connected("prepare")
+        attempt = _Attempt(self._life.begin_read(version), version, timeout_s, verify)
         self._gather(connection, attempt, (), 0)
         self._read(connection, attempt)
         return {"version": version, "prepare_s": connection.read_s}
@@ -189,7 +191,7 @@ class WeightSubscriber:
 
         Raises:
             WireFormatError: the circles are none.
-            NotConnectedError: connect first.
+            NotConnectedError, EngineAsleepError: connect first; wake its weights first.
             StaleVersionError: not greater than the committed version.
         """
         connection = self._connected("prepare")
@@ -305,7 +307,7 @@ class WeightSubscriber:
             prepare_started_unix_s, commit_started_unix_s. All of it but the times is known before.
 
         Raises:
-            NotConnectedError: connect first.
+            NotConnectedError, EngineAsleepError: connect first; wake its weights first.
             NotPreparedError: this version has not been prepared.
             VersionError, TransportError: in in-place mode, as :meth:`prepare` raises them.
         """
@@ -360,7 +362,7 @@ class WeightSubscriber:
         have ``GRACE_S`` seconds to end then, while generation goes on.
 
         Raises:
-            NotConnectedError: connect first.
+            NotConnectedError, EngineAsleepError: connect first; wake its weights first.
             CannotLendError: the model does not hold just this version, or not in the form of the checkpoint.
         """
         connection = self._connected("lend")
@@ -427,7 +429,7 @@ class WeightSubscriber:
         return sorted(self._connected("digest").recording.reload)
 
     def status(self) -> dict[str, Any]:
-        """Plain values: rank, version, session, group (None), state, prepared, is_torn and last_commit.
+        """Plain values: rank, version, session, group, state, prepared, is_torn, is_asleep, last_commit.
 
         ``session`` is that of the group when it counted ``version``, empty before the first commit; see
         :mod:`rdt_core.wholeness`. ``last_commit`` is what the last :meth:`commit` returned, or None.
@@ -443,6 +445,7 @@ class WeightSubscriber:
             "state": str(self._life.state),
             "prepared": self._life.prepared,
             "is_torn": self._life.is_torn,
+            "is_asleep": self._model.is_asleep,
             "last_commit": self._last_commit,
         }
 
@@ -476,9 +479,15 @@ class WeightSubscriber:
         except RdtError as error:
             logger.warning("rank %d cannot report how %s ended: %s", self._model.rank, attempt, error)
 
+    def _check_awake(self, operation: str) -> None:
+        if self._model.is_asleep:
+            raise EngineAsleepError(operation)
+
     def _connected(self, operation: str) -> Connection:
+        """For what touches parameters, or promises that they can be touched."""
         if self._connection is None:
             raise NotConnectedError(operation)
+        self._check_awake(operation)
         return self._connection
 
 

@@ -9,6 +9,7 @@ from rdt_core import engine_rpc, ray_session, wholeness
 from rdt_core.error_wire import to_wire
 from rdt_core.errors import (
     CannotLendError,
+    EngineAsleepError,
     NotConnectedError,
     NotPreparedError,
     RdtError,
@@ -169,6 +170,8 @@ class SchedulerReceiver:
         state = self._subscriber.status()
         if state["group"] is None:
             return _failed(NotConnectedError("commit"))
+        if state["is_asleep"]:
+            return _failed(EngineAsleepError("commit"))
         if state["prepared"] != version:
             return _failed(NotPreparedError(version, state["prepared"]))
         if compat.is_in_update(self._scheduler):

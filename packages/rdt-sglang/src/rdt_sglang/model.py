@@ -71,6 +71,11 @@ class SglangModel:
         return self._model_thread.run(lambda: self._record(tuple(specs)))
 
     @property
+    def is_asleep(self) -> bool:
+        """Whether the memory of the weights is released."""
+        return compat.are_weights_released(self._scheduler)
+
+    @property
     def num_recorded(self) -> int:
         """Number of tensors whose places are known; a connect for the same ones does not run the loader."""
         return len(self._known.specs) if self._known is not None else 0

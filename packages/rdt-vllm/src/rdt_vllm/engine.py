@@ -73,13 +73,20 @@ class RdtWeightTransferEngine(WeightTransferEngine[RdtInitInfo, RdtUpdateInfo]):
         model: torch.nn.Module,
     ) -> None:
         super().__init__(config, vllm_config, device, model)
-        self._subscriber = WeightSubscriber(VllmModel(vllm_config, model, device))
+        self._model = VllmModel(vllm_config, model, device)
+        self._subscriber = WeightSubscriber(self._model)
         self._read: int | None = None
 
     def call(self, method: str, payload: dict[str, Any]) -> dict[str, Any]:
         """Answer one ``/rdt/*`` control request, errors included. Called by the worker's ``rdt_call``."""
         with set_current_vllm_config(self.vllm_config):
             return engine_rpc.call(self._subscriber, method, payload)
+
+    def note_sleep(self, *, is_asleep: bool) -> None:
+        """The memory of the weights is about to go away, or is there again. Called by the worker."""
+        self._model.is_asleep = is_asleep
+        if is_asleep:
+            self._subscriber.reclaim()
 
     def init_transfer_engine(self, init_info: RdtInitInfo) -> None:
         """Connect to a group. Blocks for seconds; the model is left as it was.

@@ -27,6 +27,9 @@ class VllmModel:
         vllm_config: the worker's own; its ``parallel_config.rank`` is set.
         model: loaded and processed.
         device: of its parameters.
+
+    Attributes:
+        is_asleep: set by the worker's sleep and wake-up, see :func:`rdt_vllm.compat.watch_sleep`.
     """
 
     def __init__(self, vllm_config: VllmConfig, model: Any, device: torch.device) -> None:
@@ -36,6 +39,7 @@ class VllmModel:
         self.rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
         self.world_size = parallel.world_size_across_dp
         self.device = torch.device(device)
+        self.is_asleep = False
 
     def record(self, specs: Sequence[TensorSpec]) -> Recording:
         """Where the model's own loader puts every region. See :class:`EngineModel`.

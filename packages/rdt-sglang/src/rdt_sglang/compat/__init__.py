@@ -56,6 +56,7 @@ from rdt_sglang.compat.pipeline import (
 )
 from rdt_sglang.compat.scheduler import (
     Place,
+    are_weights_released,
     drop_caches,
     find_place,
     gather,
@@ -76,6 +77,7 @@ __all__ = [
     "StageGate",
     "abort_all",
     "add_middleware",
+    "are_weights_released",
     "ask_schedulers",
     "check_supported",
     "derived_cache_error",

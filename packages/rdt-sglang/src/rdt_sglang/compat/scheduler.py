@@ -92,6 +92,17 @@ def is_in_update(scheduler: Any) -> bool:
     return getattr(scheduler.weight_updater, "_session", None) is not None
 
 
+def are_weights_released(scheduler: Any) -> bool:
+    """Whether a user has the scheduler release the memory of its weights.
+
+    Its physical memory: the addresses stay, and whoever touches them meanwhile ends the process. What comes
+    back is empty, unless the server was told to keep it on the CPU.
+
+    Source: managers/scheduler_components/weight_updater.py, release_memory_occupation (0.5.17 to 0.5.23).
+    """
+    return "weights" in getattr(scheduler.weight_updater, "offload_tags", ())
+
+
 def is_paused(scheduler: Any) -> bool:
     """Whether generation is held, by a user or by us."""
     return bool(scheduler._engine_paused)
