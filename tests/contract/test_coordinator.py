@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import ray
@@ -35,9 +35,7 @@ from tests.contract.world import Clock
 from tests.local_group import wait_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from rdt_core.words import TrainerTask
+    from collections.abc import Iterator
 
 
 class SharedActor:
@@ -372,32 +370,6 @@ def test_an_introduction_may_overtake_the_publish_that_it_tells_of(client: Coord
     client.check_version(5)
     with pytest.raises(StaleVersionError):
         client.publish(0, "a", 5)
-
-
-def test_a_number_that_a_lost_coordinator_gave_means_nothing_to_the_next(clock: Clock) -> None:
-    channel = LocalChannel("policy", clock)
-    client = CoordinatorClient(channel)
-
-    def ask_and_lease(reader: str) -> tuple[Callable[[float], Any], TrainerTask, int]:
-        client.join(reader, 0, {})
-        lease = client.begin_read(reader, 0, 1, client.topology(), 60.0)
-        asked = channel.start("ask", "export", {0: reader}, 60.0)
-        (task,) = client.next_tasks(0, "a", 1)
-        return asked, task, lease
-
-    client.attach(0, 1, "a", b"")
-    client.publish(0, "a", 1)
-    _, lost_task, lost_lease = ask_and_lease("http://a")
-    channel.restart()
-    client.attach(0, 1, "a", b"", LastWords("the session before", 1, is_writing=False))
-    asked, task, lease = ask_and_lease("http://b")
-    # What the rank had been asked for by one reader must not be taken for what another one asks.
-    client.answer(lost_task.number, Outcome("for a"))
-    client.answer(task.number, Outcome("for b"))
-    assert asked(60.0) == {0: "for b"}
-    client.drop_lease(lost_lease)
-    client.end_read(lease, 1)
-    channel.end()
 
 
 def test_other_ranks_than_before_take_over_once_the_old_ones_are_silent() -> None:

@@ -11,7 +11,6 @@ from rdt_core.client import LocalChannel
 from rdt_core.coordinator import SILENT_S
 from rdt_core.errors import (
     AbortedError,
-    CannotLendError,
     EngineAsleepError,
     LeaseLostError,
     NotPreparedError,
@@ -23,9 +22,8 @@ from rdt_core.errors import (
     SupersededError,
     TornReadError,
 )
-from rdt_core.wholeness import are_whole
 from tests.contract import gated
-from tests.contract.world import Clock, Engine, TrainerRank, World, count_anew, expected_fingerprint
+from tests.contract.world import Clock, Engine, TrainerRank, World, expected_fingerprint
 from tests.local_group import wait_for
 
 if TYPE_CHECKING:
@@ -400,61 +398,6 @@ def test_a_restarted_trainer_is_read_without_a_reconnect_and_versions_go_on(
     assert engine.fingerprint == expected_fingerprint(8)
     assert engine.subscriber.status()["group"] == "policy"
     engine.subscriber.disconnect()
-    new.close()
-
-
-def test_a_group_that_counts_anew_leaves_an_engine_the_version_that_it_holds(
-    lost_world: World, clock: Clock
-) -> None:
-    engine = Engine(lost_world.channel)
-    engine.connect(transport="memory")
-    lost_world.publish(7)
-    engine.subscriber.prepare(7)
-    engine.subscriber.commit(7)
-    new = count_anew(lost_world, clock)
-    joined = engine.connect(transport="memory")
-    assert joined["version"] == 0
-    assert engine.subscriber.version == engine.subscriber.status()["version"] == 7
-    assert engine.fingerprint == expected_fingerprint(7)
-    with pytest.raises(CannotLendError):
-        engine.subscriber.lend(7)
-    new.publish(3)
-    engine.subscriber.prepare(3)
-    assert engine.subscriber.version == 7
-    engine.subscriber.commit(3)
-    assert engine.subscriber.version == engine.subscriber.status()["version"] == 3
-    assert engine.fingerprint == expected_fingerprint(3)
-    engine.subscriber.disconnect()
-    new.close()
-
-
-@pytest.mark.parametrize("reconnects", [True, False])
-def test_a_number_that_two_sessions_gave_is_not_one_version(
-    lost_world: World, clock: Clock, *, reconnects: bool
-) -> None:
-    ranks = [Engine(lost_world.channel, f"http://{name}") for name in "ab"]
-    for number, rank in zip((6, 7), ranks, strict=True):
-        rank.connect(transport="memory")
-        lost_world.publish(number)
-        rank.subscriber.prepare(number)
-        rank.subscriber.commit(number)
-    new = count_anew(lost_world, clock)
-    one, other = ranks
-    if reconnects:
-        one.connect(transport="memory")
-    new.publish(7)
-    one.subscriber.prepare(7)
-    one.subscriber.commit(7)
-    states = [rank.subscriber.status() for rank in ranks]
-    assert [state["version"] for state in states] == [7, 7]
-    assert not are_whole(states)
-    if reconnects:
-        other.connect(transport="memory")
-        other.subscriber.prepare(7)
-        other.subscriber.commit(7)
-        assert are_whole([rank.subscriber.status() for rank in ranks])
-    for rank in ranks:
-        rank.subscriber.disconnect()
     new.close()
 
 
