@@ -8,6 +8,7 @@ import pytest
 
 from rdt_core.client import CoordinatorClient, LocalChannel
 from rdt_core.errors import CannotLendError
+from rdt_core.lifecycle import Held, RankLife
 from rdt_core.wholeness import are_whole
 from rdt_core.words import LastWords, Outcome
 from tests.contract.world import Clock, Engine, World, count_anew, expected_fingerprint
@@ -67,6 +68,23 @@ def test_a_group_that_counts_anew_leaves_an_engine_the_version_that_it_holds(
     assert engine.fingerprint == expected_fingerprint(3)
     engine.subscriber.disconnect()
     new.close()
+
+
+def test_a_rank_that_followed_its_trainers_into_another_session_holds_nothing_of_it_yet() -> None:
+    life = RankLife()
+    life.connect("first")
+    life.end_read(life.begin_read(7), 7)
+    life.begin_flip(7)
+    life.begin_write()
+    life.end_flip()
+    failed = life.begin_read(8)
+    life.follow("second")
+    life.fail_read(failed)
+    life.disconnect()
+    life.connect("second")
+    assert (life.committed, life.held) == (0, Held(7, "first"))
+    assert life.check_at_rest(7) is not None
+    life.begin_read(3)
 
 
 @pytest.mark.parametrize("reconnects", [True, False])

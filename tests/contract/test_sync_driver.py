@@ -406,6 +406,10 @@ def test_a_driver_that_outlives_trainers_and_coordinator_brings_their_successors
     for rank in new.trainers:
         rank.write(100)
         rank.publisher.publish(version)
+    engines[0].is_dead = True
+    with pytest.raises(EngineUnreachableError):
+        sync.update(version, timeout_s=TIMEOUT_S)
+    engines[0].is_dead = False
     report = sync.update(version, timeout_s=TIMEOUT_S)
     assert sorted(row.engine for row in report.ranks) == ["a", "b"]
     assert [engine.fingerprint for engine in engines] == [expected_fingerprint(100)] * 2

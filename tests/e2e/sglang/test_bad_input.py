@@ -172,7 +172,10 @@ def test_a_server_whose_weights_are_released_is_not_touched_and_takes_the_next_v
     checkpoint: Callable[[str, int], Path],
 ) -> None:
     """The CPU's schedulers go through all of it and keep their memory."""
+    serves_on(server, trainer, ray_address, checkpoint(family, 1))
+    of_the_next = ask(server, PROMPTS[0], NUM_TOKENS)["output_ids"]
     serves_on(server, trainer, ray_address, checkpoint(family, 0))
+    assert ask(server, PROMPTS[0], NUM_TOKENS)["output_ids"] != of_the_next
     where = {"group": trainer.group, "ray_address": ray_address, "ray_auth_mode": auth_mode()}
     version = next_version(server, trainer)
     trainer.publish(checkpoint(family, 1), version)
@@ -185,7 +188,7 @@ def test_a_server_whose_weights_are_released_is_not_touched_and_takes_the_next_v
     assert done.is_success, done.text
     assert server.post("/resume_memory_occupation", {"tags": ["kv_cache"]}).is_success
     assert {(state["version"], state["is_asleep"]) for state in ranks_of(server)} == {(version, False)}
-    assert len(ask(server, PROMPTS[0], NUM_TOKENS)["output_ids"]) == NUM_TOKENS
+    assert ask(server, PROMPTS[0], NUM_TOKENS)["output_ids"] == of_the_next
 
 
 @pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])

@@ -5,6 +5,7 @@ What the model's thread does while generation stands; see :mod:`rdt_core.connect
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING
 
@@ -80,13 +81,12 @@ def open_connection(request: ConnectRequest, client: CoordinatorClient, model: E
     plan = aim_in_place(staged, recording, cost) if mode == INPLACE else staged
     landing = make_landing(plan, recording, found.specs, device)
     planned = plan_links(plan, landing, rests=request.rests_in(mode))
-    scratch = ScratchPool()
-    try:
+    with contextlib.ExitStack() as undo:
+        scratch = ScratchPool()
+        undo.callback(scratch.close)
         reader = reader_of(request, model.rank, device)
         links = open_links(reader, source, found.manifests, planned.by_rank, scratch)
-    except BaseException:
-        scratch.close()
-        raise
+        undo.pop_all()
     return Connection(
         request=request,
         client=client,

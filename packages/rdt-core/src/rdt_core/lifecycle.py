@@ -182,7 +182,6 @@ class RankLife:
         self._rank, self._model = RankState.APART, ModelState.WHOLE
         self._attempt = 0
         self._version: int | None = None
-        self._committed = 0
         self._session = ""
         self._held = Held(0, "")
 
@@ -193,8 +192,8 @@ class RankLife:
 
     @property
     def committed(self) -> int:
-        """The version of the group's session that the model holds, or held last; 0 before the first."""
-        return self._committed
+        """The version that the model holds, or held last, if this session of the group gave it; else 0."""
+        return self._held.version if self._held.session == self._session else 0
 
     @property
     def held(self) -> Held:
@@ -220,11 +219,10 @@ class RankLife:
         with self._lock:
             self._move(Event.CONNECT)
             self._attempt += 1
-            if session != self._session:
-                self._session, self._committed = session, 0
+            self._session = session
 
     def follow(self, session: str) -> None:
-        """The trainers were replaced, maybe the session too: what is committed from now on is of this one."""
+        """The trainers were replaced while the rank was connected, and maybe the session too."""
         with self._lock:
             self._session = session
 
@@ -235,7 +233,7 @@ class RankLife:
                 return f"it is {self._rank}"
             if self._model is not ModelState.WHOLE:
                 return f"its model is {self._model}"
-            return None if self._committed == version else f"it holds version {self._committed}"
+            return None if self.committed == version else f"it holds version {self.committed}"
 
     def begin_read(self, version: int) -> int:
         """A read of ``version`` begins; whatever was read or prepared before is dropped.
@@ -251,8 +249,8 @@ class RankLife:
         with self._lock:
             if self._rank is RankState.APART:
                 raise NotConnectedError("prepare")
-            if version <= self._committed:
-                raise StaleVersionError(version, self._committed, "committed by this engine")
+            if version <= self.committed:
+                raise StaleVersionError(version, self.committed, "committed by this engine")
             if not self._move(Event.PREPARE):
                 raise NotPreparedError(version, None)
             self._version = version
@@ -318,8 +316,8 @@ class RankLife:
         with self._lock:
             self._move_model(Event.DONE)
             self._move(Event.DONE)
-            self._committed = self._version or self._committed
-            self._held = Held(self._committed, self._session)
+            if self._version is not None:
+                self._held = Held(self._version, self._session)
 
     def fail_flip(self) -> None:
         """The flip failed; the model is torn if a byte had changed."""

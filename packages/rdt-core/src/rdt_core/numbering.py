@@ -13,7 +13,7 @@ _START_BITS = 60
 
 
 def number_a_life() -> Iterator[int]:
-    """Growing numbers from 1 on, of which no other life of a coordinator gives any.
+    """Growing numbers, more than 0, of which no other life of a coordinator gives any: they begin at random.
 
     Whoever was given a number may name it to the next coordinator, where it must mean nothing: it would end
     another reader's lease there, or have the answer about one reader's memory taken for another's.

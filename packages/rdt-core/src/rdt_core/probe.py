@@ -80,12 +80,10 @@ class ScratchPool:
     def lend(self, transport: Transport, device: torch.device) -> Iterator[Scratch]:
         """A buffer to probe into. After a failure, bytes may come late: it is let go then, not kept."""
         scratch = self.take(transport, device)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(scratch.close)
             yield scratch
-        except BaseException:
-            # Whatever it is, Ctrl-C too.
-            scratch.close()
-            raise
+            undo.pop_all()
         self.give(scratch)
 
     def close(self) -> None:

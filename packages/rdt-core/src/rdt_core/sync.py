@@ -177,8 +177,10 @@ class WeightSync:
         Raises:
             RdtError: of the first engine that did not.
         """
-        self._session = self._client.session()
+        session = self._client.session()
         self._on_all(lambda member: member.connect(self._asked, float(self._asked["timeout_s"])))
+        # Only now: an engine that could not join still counts as holding what others gave it.
+        self._session = session
         observer.tell(self._observers, lambda told: told.on_connected(self._group, self.engines))
 
     @property

@@ -29,7 +29,7 @@ class VllmModel:
         device: of its parameters.
 
     Attributes:
-        is_asleep: set by the worker's sleep and wake-up, see :func:`rdt_vllm.compat.watch_sleep`.
+        is_asleep: set by the worker's sleep and wake-up, see :func:`rdt_vllm.compat.worker.watch_sleep`.
     """
 
     def __init__(self, vllm_config: VllmConfig, model: Any, device: torch.device) -> None:

@@ -33,10 +33,7 @@ from rdt_vllm.compat.server import (
     update_router,
     vllm_version,
 )
-from rdt_vllm.compat.worker import (
-    watch_sleep,
-    watch_workers,
-)
+from rdt_vllm.compat.worker import watch_workers
 
 __all__ = [
     "BACKEND",
@@ -60,6 +57,5 @@ __all__ = [
     "repackable_experts",
     "update_router",
     "vllm_version",
-    "watch_sleep",
     "watch_workers",
 ]
