@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from rdt_core.client import CoordinatorClient, LocalChannel, RayChannel
-from rdt_core.coordinator import POLL_S, SILENT_S
+from rdt_core.coordinator import POLL_S
 from rdt_core.errors import (
     ConfigError,
     CoordinatorLostError,
@@ -30,6 +30,7 @@ from rdt_core.errors import (
     UnknownGroupError,
 )
 from rdt_core.peers import GroupCoordinator
+from rdt_core.roster import SILENT_S
 from rdt_core.words import LastWords, Outcome
 from tests.contract.world import Clock
 from tests.local_group import wait_for

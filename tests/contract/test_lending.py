@@ -10,8 +10,8 @@ import torch
 
 from rdt_core import WeightSync, transports
 from rdt_core.client import LocalChannel
-from rdt_core.coordinator import SILENT_S
 from rdt_core.errors import CannotLendError, RdtError, SourceDiedError, UpdateFailedError
+from rdt_core.roster import SILENT_S
 from rdt_core.welcome import find_sources
 from tests.contract import gated
 from tests.contract.local_engine import LocalEngine

@@ -29,10 +29,10 @@ from hypothesis.stateful import (
 from rdt_core import WeightSync, transports
 from rdt_core.client import LocalChannel
 from rdt_core.connection import TRAINERS
-from rdt_core.coordinator import SILENT_S
 from rdt_core.errors import RdtError, SourceDiedError
 from rdt_core.lifecycle import SyncState
 from rdt_core.member import MARGIN_S
+from rdt_core.roster import SILENT_S
 from tests.contract import gated
 from tests.contract.local_engine import LocalEngine
 from tests.contract.world import GROUP, Clock, TrainerRank, World, expected_fingerprint

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from rdt_core.client import LocalChannel
-from rdt_core.coordinator import SILENT_S
 from rdt_core.errors import (
     AbortedError,
     EngineAsleepError,
@@ -22,6 +21,7 @@ from rdt_core.errors import (
     SupersededError,
     TornReadError,
 )
+from rdt_core.roster import SILENT_S
 from tests.contract import gated
 from tests.contract.world import Clock, Engine, TrainerRank, World, expected_fingerprint
 from tests.local_group import wait_for

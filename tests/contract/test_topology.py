@@ -9,8 +9,8 @@ import torch
 
 from rdt_core import transports
 from rdt_core.client import LocalChannel
-from rdt_core.coordinator import SILENT_S
 from rdt_core.errors import TopologyChangedError
+from rdt_core.roster import SILENT_S
 from tests.contract import gated
 from tests.contract.world import GROUP, Clock, Engine, expected_fingerprint
 from tests.integration.toy_trainer import ToyTrainer

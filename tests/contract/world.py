@@ -11,7 +11,7 @@ import torch
 
 from rdt_core import LocalShards, WeightPublisher, WeightSubscriber
 from rdt_core.client import CoordinatorClient, LocalChannel
-from rdt_core.coordinator import SILENT_S
+from rdt_core.roster import SILENT_S
 from rdt_core.subscriber import ConnectRequest
 from tests.contract import gated
 from tests.integration.toy_engine import ToyEngineModel, ToyModel, fingerprint

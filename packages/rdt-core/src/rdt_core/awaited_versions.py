@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rdt_core.errors import RdtError
+from rdt_core.signals import Signal
+from rdt_core.words import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _Answer = TypeVar("_Answer")
 
-_LOOK_S = 1.0
-"""How often a call that waits looks at the clock and at the version, whatever it was told."""
 
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Waiting:
-    version: int
     answer: Callable[[], Any]
-    answered: asyncio.Future[Any]
+    answered: Signal
+    outcome: Outcome | None = field(default=None)
+
+    def settle(self) -> None:
+        try:
+            self.outcome = Outcome(self.answer())
+        except RdtError as error:
+            self.outcome = Outcome(error=error)
+        self.answered.wake()
 
 
 class AwaitedVersions:
@@ -32,33 +37,47 @@ class AwaitedVersions:
 
     Args:
         clock: seconds, growing; deadlines are measured on it.
-        is_over: whether waiting for this version is over, held or not.
+        is_over: whether waiting for this version is over, held or not. Asked once a change, whoever waits.
     """
 
     def __init__(self, clock: Callable[[], float], is_over: Callable[[int], bool]) -> None:
         self._clock, self._is_over = clock, is_over
-        self._waiting: list[_Waiting] = []
+        self._waiting: dict[int, dict[_Waiting, None]] = {}
 
     async def wait(self, version: int, answer: Callable[[], _Answer], timeout_s: float) -> _Answer | None:
         """What ``answer`` gives or raises as soon as waiting is over; None after ``timeout_s`` seconds."""
         if self._is_over(version):
             return answer()
-        deadline = self._clock() + timeout_s
-        waiting = _Waiting(version, answer, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
+        waiting = _Waiting(answer, Signal(self._clock))
+        self._waiting.setdefault(version, {})[waiting] = None
+
+        def is_answered() -> bool:
+            self.settle()
+            return waiting.outcome is not None
+
         try:
-            while (left_s := deadline - self._clock()) > 0 and not waiting.answered.done():
-                await asyncio.wait({waiting.answered}, timeout=min(left_s, _LOOK_S))
-                self.settle()
-            return waiting.answered.result() if waiting.answered.done() else None
+            await waiting.answered.wait(is_answered, timeout_s)
         finally:
-            self._waiting.remove(waiting)
+            self._forget(version, waiting)
+        if waiting.outcome is None:
+            return None
+        if waiting.outcome.error is not None:
+            raise waiting.outcome.error
+        value: _Answer = waiting.outcome.value
+        return value
 
     def settle(self) -> None:
         """Answer all whose waiting is over. Called with every change, before anything else can happen."""
-        for waiting in self._waiting:
-            if not waiting.answered.done() and self._is_over(waiting.version):
-                try:
-                    waiting.answered.set_result(waiting.answer())
-                except RdtError as error:
-                    waiting.answered.set_exception(error)
+        for version in [version for version in self._waiting if self._is_over(version)]:
+            of_version = self._waiting[version]
+            while of_version:
+                waiting = next(iter(of_version))
+                waiting.settle()
+                del of_version[waiting]
+            del self._waiting[version]
+
+    def _forget(self, version: int, waiting: _Waiting) -> None:
+        of_version = self._waiting.get(version, {})
+        of_version.pop(waiting, None)
+        if not of_version:
+            self._waiting.pop(version, None)

@@ -45,6 +45,10 @@ _END_LOOK_S = 0.01
 """How often the last trainer rank that leaves looks whether the coordinator has ended."""
 
 
+_MAX_CALLS = 100_000
+"""That may be under way at once through Ray, which has 1,000 by default: one a trainer rank is held open."""
+
+
 class Channel(Protocol):
     """Runs a coordinator's coroutine and returns its result, wherever the coordinator lives."""
 
@@ -102,6 +106,7 @@ class RayChannel:
         import ray  # noqa: PLC0415  ray is loaded on first use, not on import
 
         options = {"name": actor_name(group), "namespace": NAMESPACE, "get_if_exists": True}
+        options["max_concurrency"] = _MAX_CALLS
         actor = (
             ray.remote(_ActorCoordinator)
             .options(**options, lifetime="detached", num_cpus=0, max_restarts=-1)

@@ -7,7 +7,6 @@ for exports and report; the driver waits for them. Whoever waits gives a deadlin
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import time
@@ -30,9 +29,12 @@ from rdt_core.errors import (
     SupersededError,
     TopologyChangedError,
 )
-from rdt_core.known_trainer import KnownTrainer, ranks_behind, ranks_writing, topology_of
 from rdt_core.leases import LeaseBook
 from rdt_core.numbering import number_a_life
+from rdt_core.questions import OpenQuestions, Question
+from rdt_core.read_outcomes import ReadOutcomes
+from rdt_core.roster import SILENT_S, KnownTrainer, Roster
+from rdt_core.signals import Signal
 from rdt_core.timeouts import check_timeout
 from rdt_core.words import NOTHING_SAID, LastWords, Outcome, TrainerTask
 
@@ -41,9 +43,6 @@ if TYPE_CHECKING:
 
 POLL_S = 2.0
 """How long a trainer rank's request for tasks is held open; it doubles as its sign of life."""
-
-SILENT_S = 10.0
-"""A trainer rank that has given no sign of life for this long counts as gone."""
 
 MAX_HISTORY = 32
 """How many of a group's last syncs are kept; all but the last completed one without their rows by rank."""
@@ -64,16 +63,13 @@ class Coordinator:
         self._leases = LeaseBook(clock)
         self._session = uuid.uuid4().hex
         self._life = uuid.uuid4().hex
-        self._world_size = 0
         self._floor = 0
-        self._trainers: dict[int, KnownTrainer] = {}
+        self._trainers = Roster(clock)
         self._engines: dict[tuple[str, int], dict[str, Any]] = {}
-        self._prepared: dict[tuple[str, int], tuple[str, Outcome]] = {}
-        self._outcomes: dict[int, Outcome] = {}
-        self._open_tasks: set[int] = set()
+        self._reads = ReadOutcomes(clock)
+        self._questions = OpenQuestions()
         self._numbers = number_a_life()
         self._history: deque[dict[str, Any]] = deque(maxlen=MAX_HISTORY)
-        self._changed = asyncio.Condition()
 
     async def attach(
         self,
@@ -96,10 +92,11 @@ class Coordinator:
             last: what a rank that introduces itself again, to a coordinator that was restarted, had said to
                 the one before.
         """
+        check_rank(rank, world_size)
         earlier: KnownTrainer | None = None
         while (known := self._trainers.get(rank)) is not None:
             if known.instance == instance:
-                await self._hear(known, last.version)
+                self._hear(known, last.version)
                 return known.version
             await self._wait_until_silent_or_alive(rank, known)
             earlier = known
@@ -111,46 +108,48 @@ class Coordinator:
             self._session = last.session
         # Whatever an earlier process of this rank published, this one's memory does not hold it.
         version = last.version or (earlier.version if earlier else 0) or self._floor
-        self._trainers[rank] = KnownTrainer(
-            instance,
-            manifest,
-            self._clock(),
-            version,
-            awaits_publish=bool(last.version),
+        trainer = KnownTrainer(
+            instance=instance,
+            manifest=manifest,
+            last_seen=self._clock(),
+            changed=Signal(self._clock),
+            version=version,
             is_writing=not last.version or last.is_writing,
+            awaits_publish=bool(last.version),
         )
-        await self._notify()
+        self._trainers.enter(rank, trainer)
+        self._tell_of_ranks()
         return version
 
     async def _settle_world_size(self, rank: int, world_size: int) -> None:
         """Take over a new number of ranks, once those of the old number are gone."""
-        while self._world_size not in (0, world_size):
-            others = {number: other for number, other in self._trainers.items() if number != rank}
+        while self._trainers.world_size not in (0, world_size):
+            others = {number: other for number, other in self._trainers if number != rank}
             for number, other in others.items():
                 try:
                     await self._wait_until_silent_or_alive(number, other)
                 except GroupInUseError:
                     raise ConfigError(
                         f"trainer rank {rank} says the group has {world_size} ranks, others said "
-                        f"{self._world_size}. Attach every rank with the same world size."
+                        f"{self._trainers.world_size}. Attach every rank with the same world size."
                     ) from None
             if all(self._trainers.get(number) is other for number, other in others.items()):
-                self._floor = max((t.version for t in self._trainers.values()), default=self._floor)
+                self._floor = self._trainers.newest or self._floor
                 self._trainers.clear()
-                self._world_size = world_size
-        self._world_size = world_size
+                self._trainers.world_size = world_size
+        self._trainers.world_size = world_size
 
     async def _wait_until_silent_or_alive(self, rank: int, known: KnownTrainer) -> None:
         """Until an earlier process of a rank has left or counts as gone; raises once it says something."""
         seen = known.last_seen
 
         def is_gone() -> bool:
-            return self._trainers.get(rank) is not known or self._is_silent(known)
+            return self._trainers.get(rank) is not known or self._trainers.is_silent(known)
 
         while not is_gone():
             if known.last_seen > seen:
                 raise GroupInUseError(self._group, rank)
-            await self._wait(lambda: known.last_seen > seen or is_gone(), POLL_S)
+            await known.changed.wait(lambda: known.last_seen > seen or is_gone(), POLL_S)
 
     async def next_tasks(self, rank: int, instance: str, version: int = 0) -> list[TrainerTask]:
         """Tasks for a trainer rank; held open for ``POLL_S``, or until it leaves, then empty.
@@ -159,30 +158,30 @@ class Coordinator:
         has published, in case that was told to a coordinator which is gone.
         """
         trainer = self._trainer(rank, instance)
-        await self._hear(trainer, version)
+        self._hear(trainer, version)
         # The end of the wait is no sign of life: the rank may have died while it was held open.
-        await self._wait(lambda: bool(trainer.tasks) or trainer.is_leaving, POLL_S)
+        await trainer.changed.wait(lambda: bool(trainer.tasks) or trainer.is_leaving, POLL_S)
         tasks = list(trainer.tasks)
         trainer.tasks.clear()
         return tasks
 
     async def end_tasks(self, rank: int, instance: str) -> None:
         """A trainer rank is about to leave: whatever is held open for its tasks is answered at once."""
-        self._trainer(rank, instance).is_leaving = True
-        await self._notify()
+        trainer = self._trainer(rank, instance)
+        trainer.is_leaving = True
+        trainer.changed.wake()
 
-    async def _hear(self, trainer: KnownTrainer, version: int) -> None:
+    def _hear(self, trainer: KnownTrainer, version: int) -> None:
         """A sign of life, with the rank's last version. Never takes back that a rank began to write."""
-        trainer.last_seen = self._clock()
+        self._trainers.hear(trainer)
         if version > trainer.version:
-            trainer.version, trainer.awaits_publish, trainer.is_writing = version, True, False
-        await self._notify()
+            trainer.awaits_publish = True
+            self._trainers.note(trainer, version, is_writing=False)
+            self._awaited_versions.settle()
 
     async def answer(self, number: int, outcome: Outcome) -> None:
         """A trainer rank's answer to a task; dropped when nobody waits for it any more."""
-        if number in self._open_tasks:
-            self._outcomes[number] = outcome
-            await self._notify()
+        self._questions.answer(number, outcome)
 
     async def publish(self, rank: int, instance: str, version: int, arena_bytes: int = 0) -> None:
         """A trainer rank's memory now holds ``version``; beside its parameters it holds ``arena_bytes``.
@@ -193,10 +192,10 @@ class Coordinator:
         is_told = trainer.awaits_publish and version == trainer.version
         if version <= trainer.version and not is_told:
             raise StaleVersionError(version, trainer.version, "published")
-        trainer.version, trainer.awaits_publish, trainer.is_writing = version, False, False
-        trainer.arena_bytes = arena_bytes
+        self._trainers.note(trainer, version, is_writing=False)
+        trainer.awaits_publish, trainer.arena_bytes = False, arena_bytes
         trainer.last_seen = self._clock()
-        await self._notify()
+        self._awaited_versions.settle()
 
     async def release(self, rank: int, instance: str, timeout_s: float) -> list[tuple[str, int]]:
         """A trainer rank is about to write. Returns the readers whose leases were revoked, mostly none.
@@ -206,18 +205,19 @@ class Coordinator:
         """
         trainer = self._trainer(rank, instance)
         # The end of the wait is no sign of life: the rank may have died meanwhile.
-        trainer.is_writing, trainer.last_seen = True, self._clock()
-        await self._notify()
-        await self._wait(lambda: not self._leases.active(), timeout_s)
+        trainer.last_seen = self._clock()
+        self._trainers.note(trainer, trainer.version, is_writing=True)
+        self._awaited_versions.settle()
+        await self._leases.wait_until_none(timeout_s)
         return [lease.reader for lease in self._leases.revoke()]
 
     async def detach(self, rank: int, instance: str) -> bool:
         """A trainer rank leaves. Returns whether the group is now empty of trainers."""
         trainer = self._trainers.get(rank)
         if trainer is not None and trainer.instance == instance:
-            del self._trainers[rank]
-            await self._notify()
-        return not self._live_ranks()
+            self._trainers.drop(rank)
+            self._tell_of_ranks()
+        return not self._has_live_ranks()
 
     async def session(self) -> str:
         """Identifies this life of the group: versions are compared within one session only."""
@@ -226,11 +226,9 @@ class Coordinator:
     async def manifests(self, timeout_s: float) -> list[bytes]:
         """Every trainer rank's manifest, waiting for ranks that have not attached yet."""
         started = self._clock()
-        complete = await self._wait(lambda: self._world_size > 0 and not self._missing(), timeout_s)
-        if not complete:
-            waited_s = self._clock() - started
-            raise MissingTrainerRankError(self._group, self._missing(), self._world_size, waited_s)
-        return [trainer.manifest for _, trainer in sorted(self._trainers.items())]
+        if not await self._trainers.changed.wait(self._trainers.are_complete, timeout_s):
+            raise self._missing(self._trainers.missing(), started)
+        return [trainer.manifest for _, trainer in self._trainers]
 
     async def ask(self, kind: str, payloads: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
         """Give tasks to trainer ranks and return their answers by rank.
@@ -238,35 +236,35 @@ class Coordinator:
         Ranks that a restarted coordinator does not know yet have the time to introduce themselves.
         """
         started = self._clock()
-        await self._wait(lambda: not self._awaited(payloads), min(timeout_s, SILENT_S))
-        gone = tuple(sorted(set(payloads) - self._live_ranks()))
+        ranks = self._trainers
+        await ranks.changed.wait(lambda: not self._awaited(payloads), min(timeout_s, SILENT_S))
+        gone = tuple(sorted(rank for rank in payloads if not ranks.is_alive(rank)))
         if gone:
-            raise MissingTrainerRankError(self._group, gone, self._world_size, self._clock() - started)
+            raise self._missing(gone, started)
         numbers = {rank: next(self._numbers) for rank in payloads}
-        self._open_tasks.update(numbers.values())
+        question = Question({number: rank for rank, number in numbers.items()}, self._clock)
         traceparent = tracing.traceparent()
-        for rank, payload in payloads.items():
-            self._trainers[rank].tasks.append(TrainerTask(numbers[rank], kind, payload, traceparent))
-        await self._notify()
 
-        def unanswered() -> set[int]:
-            return {rank for rank, number in numbers.items() if number not in self._outcomes}
+        def is_decided() -> bool:
+            return not all(map(ranks.is_alive, question.unanswered.values())) or not question.unanswered
 
-        left_s = started + timeout_s - self._clock()
-        await self._wait(lambda: not unanswered() or bool(unanswered() - self._live_ranks()), left_s)
-        late = tuple(sorted(unanswered()))
-        self._open_tasks.difference_update(numbers.values())
-        outcomes = {rank: self._outcomes.pop(n) for rank, n in numbers.items() if n in self._outcomes}
-        if late:
-            raise MissingTrainerRankError(self._group, late, self._world_size, self._clock() - started)
-        for outcome in outcomes.values():
+        self._questions.open(question)
+        try:
+            for rank, payload in payloads.items():
+                ranks[rank].ask(TrainerTask(numbers[rank], kind, payload, traceparent))
+            await question.changed.wait(is_decided, started + timeout_s - self._clock())
+        finally:
+            self._questions.close(question)
+        if question.unanswered:
+            raise self._missing(sorted(question.unanswered.values()), started)
+        for outcome in question.outcomes.values():
             if outcome.error is not None:
                 raise outcome.error
-        return {rank: outcome.value for rank, outcome in outcomes.items()}
+        return {rank: question.outcomes[rank].value for rank in payloads}
 
     async def topology(self) -> str:
         """Identifies the trainer processes; another one when any was replaced."""
-        return topology_of(self._trainers)
+        return self._trainers.topology
 
     async def wait_published(self, version: int, timeout_s: float) -> tuple[str, int]:
         """Until every trainer rank has published exactly ``version``.
@@ -277,8 +275,8 @@ class Coordinator:
         timeout_s = check_timeout(timeout_s)
         if await self._awaited_versions.wait(version, lambda: self._check(version), timeout_s) is None:
             self._check(version, waited_s=timeout_s)
-        await self._tell_trace(version)
-        return self._life, sum(trainer.arena_bytes for trainer in self._trainers.values())
+        self._tell_trace(version)
+        return self._life, sum(trainer.arena_bytes for _, trainer in self._trainers)
 
     async def await_published(self, version: int, timeout_s: float) -> bool:
         """Whether a read of ``version`` would be answered by now, after ``timeout_s`` at the latest.
@@ -288,13 +286,12 @@ class Coordinator:
         """
         return bool(await self._awaited_versions.wait(version, lambda: True, check_timeout(timeout_s)))
 
-    async def _tell_trace(self, version: int) -> None:
+    def _tell_trace(self, version: int) -> None:
         """Tell trainer ranks to which trace their publish of ``version`` belongs, if there is one."""
         traceparent = tracing.traceparent()
         if traceparent:
-            for trainer in self._trainers.values():
-                trainer.tasks.append(TrainerTask(next(self._numbers), "trace", version, traceparent))
-            await self._notify()
+            for _, trainer in self._trainers:
+                trainer.ask(TrainerTask(next(self._numbers), "trace", version, traceparent))
 
     async def call(self, method: str, args: Sequence[object], traceparent: str) -> Any:
         """Another method by its name, in a span of its caller's trace if there is one. Called by channels."""
@@ -318,16 +315,13 @@ class Coordinator:
         return await self._awaited_versions.wait(version, check, check_timeout(wait_s)) or ""
 
     def _check(self, version: int, topology: str = "", waited_s: float = 0.0) -> str:
-        ahead = max((trainer.version for trainer in self._trainers.values()), default=0)
-        if ahead > version:
-            raise SupersededError(version, ahead)
-        behind = ranks_behind(self._trainers, self._world_size, version)
-        if behind:
-            raise NotPublishedError(version, behind, waited_s)
-        released = ranks_writing(self._trainers, version)
-        if released:
-            raise ReleasedError(version, released)
-        if topology not in ("", topology_of(self._trainers)):
+        if self._trainers.newest > version:
+            raise SupersededError(version, self._trainers.newest)
+        if not self._trainers.have_published(version):
+            raise NotPublishedError(version, self._trainers.ranks_behind(version), waited_s)
+        if self._trainers.are_writing(version):
+            raise ReleasedError(version, self._trainers.ranks_writing(version))
+        if topology not in ("", self._trainers.topology):
             raise TopologyChangedError(self._group, "another process has taken the place of a rank")
         return self._life
 
@@ -359,9 +353,7 @@ class Coordinator:
         A trainer that waits to write does not spoil a read whose lease held.
         """
         held = self._leases.give_back(lease)
-        await self._notify()
-        ahead = max((trainer.version for trainer in self._trainers.values()), default=0)
-        if not held or ahead > version:
+        if not held or self._trainers.newest > version:
             # It was published: a rank that does not hold it now has left since, and the lease says more.
             with contextlib.suppress(NotPublishedError):
                 self._check(version)
@@ -370,28 +362,22 @@ class Coordinator:
     async def drop_lease(self, lease: int) -> None:
         """An engine rank's read failed; nobody need wait for it."""
         self._leases.give_back(lease)
-        await self._notify()
 
     async def join(self, engine: str, rank: int, info: dict[str, Any]) -> None:
         """An engine rank is connected. ``info`` is shown by :meth:`status`."""
         self._engines[engine, rank] = info
-        self._prepared.pop((engine, rank), None)
-        await self._notify()
+        self._reads.forget((engine, rank))
 
     async def leave(self, engine: str, rank: int) -> None:
         """An engine rank disconnects; trainer ranks drop what they export to it."""
         self._engines.pop((engine, rank), None)
-        self._prepared.pop((engine, rank), None)
-        for trainer in self._trainers.values():
-            trainer.tasks.append(
-                TrainerTask(next(self._numbers), "drop", {"reader": reader_name(engine, rank)})
-            )
-        await self._notify()
+        self._reads.forget((engine, rank))
+        for _, trainer in self._trainers:
+            trainer.ask(TrainerTask(next(self._numbers), "drop", {"reader": reader_name(engine, rank)}))
 
     async def report_prepared(self, engine: str, rank: int, attempt: str, outcome: Outcome) -> None:
         """How an engine rank's read ended. ``attempt`` is the driver's name for the try."""
-        self._prepared[engine, rank] = (attempt, outcome)
-        await self._notify()
+        self._reads.note((engine, rank), attempt, outcome)
 
     async def wait_prepared(
         self, attempt: str, members: Sequence[tuple[str, int]], life: str, timeout_s: float
@@ -403,16 +389,7 @@ class Coordinator:
         if life != self._life:
             raise CoordinatorLostError(self._group, "it was restarted in the middle of a sync")
 
-        def outcomes() -> dict[tuple[str, int], Outcome]:
-            found = ((member, self._prepared.get(member)) for member in members)
-            return {member: entry[1] for member, entry in found if entry and entry[0] == attempt}
-
-        def is_decided() -> bool:
-            ended = outcomes()
-            return len(ended) == len(members) or any(outcome.error for outcome in ended.values())
-
-        await self._wait(is_decided, timeout_s)
-        return outcomes()
+        return await self._reads.wait(attempt, members, timeout_s)
 
     async def record(self, sync: dict[str, Any]) -> None:
         """Keep how a sync ended, as plain values; see :class:`rdt_core.history.CoordinatorHistory`."""
@@ -431,10 +408,10 @@ class Coordinator:
         return {
             "group": self._group,
             "life": self._life,
-            "world_size": self._world_size,
+            "world_size": self._trainers.world_size,
             "trainers": {
-                rank: {**trainer.describe(now), "alive": not self._is_silent(trainer)}
-                for rank, trainer in sorted(self._trainers.items())
+                rank: {**trainer.describe(now), "alive": not self._trainers.is_silent(trainer)}
+                for rank, trainer in self._trainers
             },
             "leases": [
                 {"engine": lease.reader[0], "rank": lease.reader[1], "version": lease.version}
@@ -454,44 +431,35 @@ class Coordinator:
             raise GroupInUseError(self._group, rank)
         return trainer
 
-    def _is_silent(self, trainer: KnownTrainer) -> bool:
-        return self._clock() - trainer.last_seen > SILENT_S
+    def _has_live_ranks(self) -> bool:
+        return not all(self._trainers.is_silent(trainer) for _, trainer in self._trainers)
 
-    def _live_ranks(self) -> set[int]:
-        return {rank for rank, trainer in self._trainers.items() if not self._is_silent(trainer)}
-
-    def _missing(self) -> tuple[int, ...]:
-        return tuple(sorted(set(range(self._world_size)) - self._live_ranks()))
+    def _missing(self, ranks: Iterable[int], since: float) -> MissingTrainerRankError:
+        waited_s = self._clock() - since
+        return MissingTrainerRankError(self._group, tuple(ranks), self._trainers.world_size, waited_s)
 
     def _awaited(self, ranks: Iterable[int]) -> set[int]:
         """Those that are part of the group, as far as it is known, and have not introduced themselves."""
-        return {
-            r for r in ranks if r not in self._trainers and (not self._world_size or r < self._world_size)
-        }
+        world_size = self._trainers.world_size
+        return {r for r in ranks if r not in self._trainers and (not world_size or r < world_size)}
 
     def _is_decided(self, version: int) -> bool:
-        return not ranks_behind(self._trainers, self._world_size, version) or bool(
-            ranks_writing(self._trainers, version)
-        )
+        return self._trainers.have_published(version) or self._trainers.are_writing(version)
 
-    async def _notify(self) -> None:
+    def _tell_of_ranks(self) -> None:
+        """A rank has come or gone."""
+        self._questions.look_again()
         self._awaited_versions.settle()
-        async with self._changed:
-            self._changed.notify_all()
 
-    async def _wait(self, is_true: Callable[[], bool], timeout_s: float) -> bool:
-        """Until the condition holds or time runs out; looks again at least every second, for silence."""
-        deadline = self._clock() + check_timeout(timeout_s)
-        async with self._changed:
-            while not is_true():
-                left = deadline - self._clock()
-                if left <= 0:
-                    return False
-                try:
-                    await asyncio.wait_for(self._changed.wait(), min(left, 1.0))
-                except TimeoutError:
-                    continue
-        return True
+
+def check_rank(rank: int, world_size: int) -> None:
+    """A rank that a group of this size has.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"trainer rank {rank} is none of a group of {world_size}. Attach ranks from 0 on.")
 
 
 def reader_name(engine: str, rank: int) -> str:

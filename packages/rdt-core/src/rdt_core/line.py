@@ -64,6 +64,8 @@ _SECRET_BYTES = 32
 _MAX_FRAME_BYTES = 1 << 20
 _MAX_DEPTH = 32
 _CONNECT_TIMEOUT_S = 3.0
+_BACKLOG = 4096
+"""All ranks of a group may connect at once. Whoever the system does not queue tries again after a second."""
 _LENGTH = struct.Struct("!I")
 
 
@@ -93,7 +95,7 @@ class LineServer:
         """Begin to answer at this address of the node, once; returns where. Idempotent."""
         async with self._starting:
             if self._server is None:
-                self._server = await asyncio.start_server(self._serve, host, 0)
+                self._server = await asyncio.start_server(self._serve, host, 0, backlog=_BACKLOG)
         return LineAddress(host, self._server.sockets[0].getsockname()[1], self._secret)
 
     async def close(self) -> None:

@@ -57,7 +57,7 @@ class LenderCoordinator(Coordinator):
     @property
     def is_deserted(self) -> bool:
         """Whether no rank that lends is alive and no reader has joined."""
-        return not self._live_ranks() and not self._engines
+        return not self._has_live_ranks() and not self._engines
 
 
 class GroupCoordinator(Coordinator):
