@@ -6,7 +6,8 @@ Requests stream all the time. In turns of a few seconds nothing else happens, or
 after the other without a pause, and the tokens of every turn are counted: neighbours are compared, so that
 what else the machine does falls on both. `paced` turns read one version a period, as a trainer does whose
 steps take that long. Then whole syncs, for the time that requests in flight stand. Last, reads without a
-pause again, by drivers that connected with a `read_share` each.
+pause again, by drivers that connected with a `read_share` each, and with `--sleep`, updates of an engine that
+sleeps and wakes. `--only-syncs` leaves out all turns.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -29,6 +31,7 @@ import ray
 import torch
 from engine_server import find_port, run_server
 from hf_trainer import HfTrainer
+from sleeping import MODES, Sleeper, measure_sleep
 from sync import machine, ray_cluster, versions
 
 from rdt_core import WeightSync
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 TIMEOUT_S = 600.0
+IDLE_TIMEOUT_S = 20.0
 PROMPT = [11, 523, 871, 77, 902, 4, 151, 621, 33, 18, 990, 444, 21, 7, 5, 123]
 # The shapes of SmolLM2-135M, as a Qwen3.
 SHAPE = {
@@ -216,8 +220,9 @@ def measure_syncs(
 ) -> dict[str, Any]:
     """Whole syncs while requests are in flight, asked for while the trainer does its step."""
     samples: dict[str, list[float]] = {
-        phase: [] for phase in ("publish", "prepare", "read", "commit", "stall", "from_publish")
+        phase: [] for phase in ("publish", "prepare", "read", "commit", "drain", "stall", "from_publish")
     }
+    (url,) = sync.engines
     for version in numbers:
         published = trainer.publish.remote(version)
         report = sync.update(version=version, kv_cache=kv_cache, mode=mode, timeout_s=120.0)
@@ -225,10 +230,18 @@ def measure_syncs(
         publish_began, publish_ended = ray.get(published, timeout=TIMEOUT_S)
         samples["publish"].append(publish_ended - publish_began)
         samples["from_publish"].append(ended - publish_began)
-        samples["read"].append(report.ranks[0].prepare_s)
+        samples["read"].append(max(rank.prepare_s for rank in report.ranks))
+        samples["drain"].append(drain_s(url))
         for phase in ("prepare", "commit", "stall"):
             samples[phase].append(getattr(report, f"{phase}_s"))
     return {phase: summarize(values) for phase, values in samples.items()}
+
+
+def drain_s(url: str) -> float:
+    """The part of the last stall before the copy, of the slowest rank."""
+    with contextlib.closing(EngineHttp(url)) as engine:
+        ranks = engine.call("status", {}, timeout_s=TIMEOUT_S)["ranks"]
+    return max(float(rank["last_commit"]["drain_s"]) for rank in ranks)
 
 
 def summarize(seconds: list[float]) -> dict[str, float]:
@@ -251,21 +264,40 @@ def main() -> None:
     parser.add_argument("--syncs", type=int, default=10)
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--modes", default="staged", help="of the syncs beside requests, by comma")
-    parser.add_argument("--only-shares", action="store_true", help="leave out all but the last turns")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--only-shares", action="store_true", help="leave out all but the last turns")
+    only.add_argument("--only-syncs", action="store_true", help="leave out all turns")
     parser.add_argument("--shares", default="1,0.5,0.25,0.1", help="read_share of the last turns, by comma")
+    parser.add_argument("--serve", default="", help='more for the server, "--tp-size 2"')
+    parser.add_argument("--sleep", action="store_true", help="also have the engine sleep, in both modes")
     args = parser.parse_args()
     result: dict[str, Any] = {
         "machine": machine(),
         "versions": {**versions(), "sglang": versions_of_sglang()},
         "shape": GPU_SHAPE if torch.cuda.is_available() else SHAPE,
         "clients": args.clients,
+        "serve": args.serve,
     }
+    try:
+        run(result, args)
+    finally:
+        note(result, "load_average_after", os.getloadavg())
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def run(result: dict[str, Any], args: argparse.Namespace) -> None:
+    """All that is measured, with the trainer and the server for it."""
+    is_gpu = torch.cuda.is_available()
+    flags = ["--weight-sync", "rdt", *shlex.split(args.serve)]
+    # On a CPU there is nothing that it could save: the server goes through all of a sleep without it.
+    flags += ["--enable-memory-saver"] if args.sleep and is_gpu else []
     with ray_cluster(), tempfile.TemporaryDirectory() as folder:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if is_gpu else "cpu"
         trainer = ray.remote(HfTrainer).options(num_cpus=0).remote(folder, result["shape"], device)
         ray.get(trainer.attach.remote("sglang"), timeout=TIMEOUT_S)
         started = time.perf_counter()
-        with sglang_server(folder, args.logs / "sglang-rdt.log", "--weight-sync", "rdt") as (url, pid):
+        with sglang_server(folder, args.logs / "sglang-rdt.log", *flags) as (url, pid):
             note(result, "start_s", round(time.perf_counter() - started, 1))
             with WeightSync.connect("sglang", engines=[url], timeout_s=120.0) as sync:
                 connected = next(iter(sync.engines.values()))[0]
@@ -276,12 +308,12 @@ def main() -> None:
                     measure(result, sync, trainer, url, pid, args)
                 note(result, "bytes_equal", sync.verify(timeout_s=TIMEOUT_S).bytes_equal)
                 version = sync.version + 1
-            ray.get(trainer.publish.remote(version), timeout=TIMEOUT_S)
-            measure_shares(result, version, url, pid, args)
+            if not args.only_syncs:
+                ray.get(trainer.publish.remote(version), timeout=TIMEOUT_S)
+                measure_shares(result, version, url, pid, args)
+            if args.sleep:
+                measure_sleeps(result, version + 1, trainer, url)
         ray.get(trainer.close.remote(), timeout=TIMEOUT_S)
-    note(result, "load_average_after", os.getloadavg())
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def measure(
@@ -294,14 +326,10 @@ def measure(
     load = Load(url, args.clients)
     warm = next(versions_left)
     measure_syncs(sync, trainer, range(warm, warm + 1), "recompute")
-    version = next(versions_left)
-    ray.get(trainer.publish.remote(version), timeout=TIMEOUT_S)
-    engine = EngineHttp(url)
-    for name, period_s in (("nothing", None), ("paced", args.period), ("without a pause", 0.0)):
-        read_s: list[float] = []
-        work = rest if period_s is None else read_again(engine, version, read_s, period_s)
-        found = compare(load, pid, args.pairs, args.turn, work)
-        note(result, f"reads: {name}", {**found, **({"read": summarize(read_s)} if read_s else {})})
+    if not args.only_syncs:
+        version = next(versions_left)
+        ray.get(trainer.publish.remote(version), timeout=TIMEOUT_S)
+        measure_reads(result, version, load, url, pid, args)
     for mode, kv_cache in itertools.product(args.modes.split(","), ("recompute", "keep")):
         # The first connects the engine in that mode.
         warm = next(versions_left)
@@ -313,6 +341,18 @@ def measure(
         note(result, f"syncs: {mode}, {kv_cache}", {**phases, "gap_between_tokens": summarize(load.gaps_s)})
     note(result, "requests_failed", load.num_failed)
     load.stop()
+
+
+def measure_reads(
+    result: dict[str, Any], version: int, load: Load, url: str, pid: int, args: argparse.Namespace
+) -> None:
+    """Reads of one version beside requests, at different paces."""
+    engine = EngineHttp(url)
+    for name, period_s in (("nothing", None), ("paced", args.period), ("without a pause", 0.0)):
+        read_s: list[float] = []
+        work = rest if period_s is None else read_again(engine, version, read_s, period_s)
+        found = compare(load, pid, args.pairs, args.turn, work)
+        note(result, f"reads: {name}", {**found, **({"read": summarize(read_s)} if read_s else {})})
 
 
 def measure_shares(
@@ -328,6 +368,68 @@ def measure_shares(
             note(result, f"reads: read_share {share:g}", {**found, "read": summarize(read_s)})
     note(result, "requests_failed_beside_shares", load.num_failed)
     load.stop()
+
+
+def measure_sleeps(result: dict[str, Any], version: int, trainer: Any, url: str) -> None:
+    """A sleep in each mode.
+
+    Args:
+        result: gets the facts.
+        version: that may be published next.
+        trainer: publishes.
+        url: of a server that gets no new requests.
+    """
+
+    def post(route: str, *tags: str) -> None:
+        body = {"tags": tags}
+        httpx.post(url + route, json=body, timeout=TIMEOUT_S, trust_env=False).raise_for_status()
+
+    def sleep() -> None:
+        wait_until_idle(url)
+        post("/release_memory_occupation", "weights", "kv_cache")
+
+    engine = Sleeper(
+        sleep=sleep,
+        wake_weights=lambda: post("/resume_memory_occupation", "weights"),
+        wake_rest=lambda: post("/resume_memory_occupation", "kv_cache"),
+        answer=lambda: prompt_logprobs(url),
+    )
+    wait_until_idle(url)
+    first = version + (version % 2 == 0)
+    for mode in MODES:
+        with WeightSync.connect("sglang", engines=[url], mode=mode, timeout_s=120.0) as sync:
+            facts = measure_sleep(sync, trainer, range(first, first + 3), engine)
+        note(result, f"sleep: {mode}", facts)
+        first += 4
+
+
+def wait_until_idle(url: str) -> None:
+    """Until no request is in flight: a scheduler that is to release memory before that ends.
+
+    ``/flush_cache`` is refused until then; what it drops does not outlive the release either.
+
+    Source: managers/scheduler_components/weight_updater.py, release_memory_occupation (0.5.23).
+
+    Raises:
+        RuntimeError: there still is one after 20 seconds.
+    """
+    deadline = time.monotonic() + IDLE_TIMEOUT_S
+    while not httpx.post(f"{url}/flush_cache", timeout=TIMEOUT_S, trust_env=False).is_success:
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"{url} is busy after {IDLE_TIMEOUT_S:.0f} s without new requests. See its log."
+            )
+        time.sleep(0.1)
+
+
+def prompt_logprobs(url: str) -> list[float]:
+    """The log-probability of every token of the prompt but the first."""
+    sampling = {"max_new_tokens": 1, "temperature": 0}
+    asked = {"return_logprob": True, "logprob_start_len": 0}
+    body = {"input_ids": PROMPT, "sampling_params": sampling, **asked}
+    answer = httpx.post(f"{url}/generate", json=body, timeout=TIMEOUT_S, trust_env=False)
+    rows = answer.raise_for_status().json()["meta_info"]["input_token_logprobs"][1:]
+    return [float(logprob) for logprob, *_ in rows]
 
 
 def versions_of_sglang() -> str:

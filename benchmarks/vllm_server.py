@@ -4,13 +4,15 @@
 
 The trainer holds a Hugging Face model with Qwen3-0.6B's shapes and random weights and goes to and fro between
 two sets of them. A second, plain vLLM loads the first set from a checkpoint: its log-probabilities are what
-ours must give after a sync of the same weights. Then syncs with requests in flight, and the same weights sent
-to the second vLLM by its own ``ipc`` backend. Every fact is written as soon as it is known.
+ours must give after a sync of the same weights. Then syncs with requests in flight; with ``--sleep``, updates
+of an engine that sleeps and wakes; and the same weights sent to the second vLLM by its own ``ipc`` backend.
+Every fact is written as soon as it is known.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import statistics
@@ -29,6 +31,7 @@ import ray
 import torch
 from engine_server import find_port, run_server
 from hf_trainer import HfTrainer
+from sleeping import MODES, Sleeper, greatest_difference, measure_sleep, used_gpu_bytes
 from sync import machine, ray_cluster, versions
 
 from rdt_core import WeightSync
@@ -61,7 +64,8 @@ ON_GPU = ["--kv-cache-memory-bytes", str(4 * 2**30)]
 ON_CPU = ["--enforce-eager", "--dtype", "float32"]
 ENV = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-IPC_ENV = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+DEV_ENV = {"VLLM_SERVER_DEV_MODE": "1"}
+IPC_ENV = {**DEV_ENV, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 # Mode, KV cache, requests in flight, counted syncs.
 CASES = (
     ("inplace", "keep", 8, 40),
@@ -150,14 +154,6 @@ def prompt_logprobs(url: str) -> list[float]:
     return [row[str(token)]["logprob"] for row, token in zip(rows, PROMPT[1:], strict=True)]
 
 
-def used_gpu_bytes() -> int:
-    """Memory in use on the GPU, by all processes."""
-    if not torch.cuda.is_available():
-        return 0
-    free, total = torch.cuda.mem_get_info()
-    return total - free
-
-
 def summarize(samples: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Median, least and most of every phase in milliseconds."""
     return {phase: figures([sample[phase] for sample in samples]) for phase in samples[0]}
@@ -232,20 +228,16 @@ class Session:
     def compare_logprobs(self, url: str, plain: str, trainer: Any) -> None:
         """Before any sync, and after syncs of the checkpoint's weights, of others, and of its own."""
         loaded = prompt_logprobs(plain)
-
-        def difference(other: list[float]) -> float:
-            return max(abs(a - b) for a, b in zip(loaded, other, strict=True))
-
         found = {
-            "plain_twice": difference(prompt_logprobs(plain)),
-            "before": difference(prompt_logprobs(url)),
+            "plain_twice": greatest_difference(loaded, prompt_logprobs(plain)),
+            "before": greatest_difference(loaded, prompt_logprobs(url)),
         }
         with WeightSync.connect("vllm", engines=[url], timeout_s=TIMEOUT_S) as sync:
             self.note("connected", next(iter(sync.engines.values())))
             for version in self.versions(3, odd=True):
                 run_syncs(sync, trainer, range(version, version + 1), "recompute")
                 name = "after the checkpoint's weights" if version % 2 else "after other weights"
-                found[f"{name}, version {version}"] = difference(prompt_logprobs(url))
+                found[f"{name}, version {version}"] = greatest_difference(loaded, prompt_logprobs(url))
         self.note("logprob_difference_from_a_plain_vllm", found)
 
     def measure_case(self, url: str, trainer: Any, case: tuple[str, str, int, int]) -> None:
@@ -269,6 +261,22 @@ class Session:
             if load.gaps_s:
                 facts["gap_between_tokens"] = figures(load.gaps_s)
         self.note(f"{mode}, {kv_cache}, {clients} requests in flight", facts, run=True)
+
+    def measure_sleep_level(self, url: str, trainer: Any, mode: str, level: int) -> None:
+        """A sleep of one level. On a CPU the engine goes through all of it and keeps its memory."""
+
+        def post(path: str) -> None:
+            httpx.post(url + path, timeout=TIMEOUT_S, trust_env=False).raise_for_status()
+
+        engine = Sleeper(
+            sleep=lambda: post(f"/sleep?level={level}"),
+            wake_weights=lambda: post("/wake_up?tags=weights"),
+            wake_rest=lambda: post("/wake_up?tags=kv_cache"),
+            answer=lambda: prompt_logprobs(url),
+        )
+        with WeightSync.connect("vllm", engines=[url], mode=mode, timeout_s=TIMEOUT_S) as sync:
+            facts = measure_sleep(sync, trainer, self.versions(3, odd=True), engine)
+        self.note(f"sleep, {mode}, level {level}", facts, run=True)
 
     def measure_messages(self, url: str, clients: int) -> None:
         """What one message to the engine's core costs, and the gaps between tokens without a sync."""
@@ -299,6 +307,17 @@ class Session:
         self.note(f"vLLM's own ipc backend, keep, {clients} requests in flight", facts, run=True)
 
 
+def parse_cases(text: str) -> tuple[tuple[str, str, int, int], ...]:
+    """The cases that an argument names, in its order."""
+    if text in ("all", "none"):
+        return CASES if text == "all" else ()
+    try:
+        return tuple(CASES[int(index)] for index in text.split(","))
+    except (ValueError, IndexError):
+        reason = f"{text!r} is neither all, none nor indices below {len(CASES)} by comma"
+        raise argparse.ArgumentTypeError(reason) from None
+
+
 def start(stack: ExitStack, server: AbstractContextManager[tuple[str, int]]) -> str | None:
     """A server's URL; None, with its log printed, when it does not start."""
     try:
@@ -317,6 +336,8 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, default=Path("/tmp"))  # noqa: S108  of a benchmark
     parser.add_argument("--serve", default="", help='more for both servers, "--tensor-parallel-size 2"')
     parser.add_argument("--seconds", type=float, default=3600.0, help="after which no part is begun")
+    parser.add_argument("--cases", type=parse_cases, default="all", help='indices by comma, "all" or "none"')
+    parser.add_argument("--sleep", action="store_true", help="also have the engine sleep, at both levels")
     args = parser.parse_args()
     session = Session(args.json, time.monotonic() + args.seconds)
     is_gpu = torch.cuda.is_available()
@@ -326,9 +347,12 @@ def main() -> None:
         ray.get(trainer.attach.remote("vllm"), timeout=TIMEOUT_S)
         started = time.perf_counter()
         ipc = ("--weight-transfer-config", '{"backend":"ipc"}') if is_gpu else ()
-        flag = ("--weight-sync", "rdt", "--load-format", "dummy")
+        flags = ["--weight-sync", "rdt", "--load-format", "dummy"]
+        # vLLM refuses this one on a CPU.
+        flags += ["--enable-sleep-mode"] if args.sleep and is_gpu else []
+        env = DEV_ENV if args.sleep else {}
         servers = (
-            vllm_server(folder, args.logs / "vllm-rdt.log", *flag, *shlex.split(args.serve)),
+            vllm_server(folder, args.logs / "vllm-rdt.log", *flags, *shlex.split(args.serve), **env),
             vllm_server(folder, args.logs / "vllm-plain.log", *ipc, *shlex.split(args.serve), **IPC_ENV),
         )
         with ThreadPoolExecutor() as pool:
@@ -339,8 +363,13 @@ def main() -> None:
             raise SystemExit("the server with --weight-sync rdt did not start")
         if plain is not None:
             session.part("log-probabilities", lambda: session.compare_logprobs(url, plain, trainer))
-        for case in CASES:
+        for case in args.cases:
             session.part(str(case), lambda case=case: session.measure_case(url, trainer, case))  # type: ignore[misc]  # bound now
+        for mode, level in itertools.product(MODES, (1, 2) if args.sleep else ()):
+            session.part(
+                f"sleep, {mode}, level {level}",
+                lambda mode=mode, level=level: session.measure_sleep_level(url, trainer, mode, level),  # type: ignore[misc]  # bound now
+            )
         for clients in (8, 0):
             session.part("messages", lambda clients=clients: session.measure_messages(url, clients))  # type: ignore[misc]  # bound now
         if plain is not None and is_gpu:

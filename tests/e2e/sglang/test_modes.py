@@ -70,6 +70,8 @@ def check_status(server: Server, group: str, version: int, num_ranks: int) -> No
     last = status["last_sync"]
     assert (last["version"], [rank["rank"] for rank in last["ranks"]]) == (version, [*range(num_ranks)])
     assert 0 < last["commit_s"] <= last["stall_s"]
+    commits = [rank["last_commit"] for rank in status["ranks"]]
+    assert all(0 <= commit["drain_s"] <= commit["stall_s"] for commit in commits)
 
 
 def hold_and_flip(server: Server, trainer: Trainer, sync: WeightSync, folder: Path) -> None:

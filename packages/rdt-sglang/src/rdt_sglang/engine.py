@@ -44,7 +44,7 @@ class SchedulerReceiver:
         self._model = SglangModel(scheduler, self._model_thread)
         self._subscriber = WeightSubscriber(self._model)
         self._call: BackgroundCall | None = None
-        self._stall_s = 0.0
+        self._times: dict[str, float] = {}
         self._is_blocked = self._resumes_later = False
         self._gate = compat.StageGate(scheduler) if compat.is_pipeline() else None
         compat.guard_resumption(scheduler, self._may_resume)
@@ -91,7 +91,7 @@ class SchedulerReceiver:
         if method == "status":
             last = answer["result"]["last_commit"]
             answer["result"] |= {
-                "last_commit": last and {**last, "stall_s": self._stall_s},
+                "last_commit": last and {**last, **self._times},
                 "is_in_cluster": ray_session.is_joined(),
                 "num_recorded": self._model.num_recorded,
             }
@@ -129,7 +129,11 @@ class SchedulerReceiver:
         return {"ok": True, "result": self._subscriber.status()}
 
     def _commit(self, payload: dict[str, Any], started: float) -> list[dict[str, Any]]:
-        """Flip all ranks of the group, or none; the answers of all of them.
+        """Flip all ranks of the group, or none; the answers of all of them, with how long this one stood.
+
+        That is ``stall_s``. ``drain_s`` is its part before the copy: until ranks have agreed and the device
+        has done what was asked of it before. Where caches are kept that is the batch that ran, and otherwise
+        the retraction of requests and the dropping of caches too.
 
         Args:
             payload: of the request.
@@ -146,6 +150,7 @@ class SchedulerReceiver:
                 self._resume(was_paused=was_paused)
                 return emptied
         compat.wait_for_device(self._model.device)
+        drained = time.perf_counter()
         with self._model.unpacked():
             done = engine_rpc.call(self._subscriber, "commit", payload)
         compat.wait_for_device(self._model.device)
@@ -157,10 +162,10 @@ class SchedulerReceiver:
             self._resume(was_paused=was_paused)
         else:
             self._block(was_paused=was_paused)
-        stall_s = time.perf_counter() - started
+        times = {"drain_s": drained - started, "stall_s": time.perf_counter() - started}
         if done["ok"]:
-            self._stall_s = stall_s
-        return [{**answer, "stall_s": stall_s} for answer in answers]
+            self._times = times
+        return [{**answer, **times} for answer in answers]
 
     def _check(self, payload: dict[str, Any]) -> dict[str, Any]:
         try:
