@@ -134,7 +134,7 @@ class Round:
             failed = self._ask_others()
             if not (failed and self._is_all_or_none):
                 reading = [member for member in self._members if member not in failed]
-                self._announce_commit(reading)
+                self._announce_commit([member for member in reading if member not in self._asked])
                 failed |= self._wait_for_reads(life, reading)
             return self._sift(failed)
         except RdtError:
@@ -219,6 +219,8 @@ class Round:
             member.call("prepare", payload, self._options.timeout_s)
         except RdtError as error:
             return self._failed("prepare", member, error.failed_rank, error)
+        # Before the version is there, so that nobody waits for it afterwards.
+        member.announce("commit", self._for_commit())
         return None
 
     @property
