@@ -186,9 +186,12 @@ class Round:
             logger.warning("engine %s did not abort: %s", member.url, error.detail)
 
     def _announce_commit(self, members: Sequence[Member]) -> None:
-        """Have engines route the request that they get when all have read, meanwhile; returns at once."""
+        """Have engines route the request that they get when all have read, meanwhile; returns at once.
+
+        Called by any thread.
+        """
         payload = self._for_commit()
-        self._announcing = [self._pool.submit(member.announce, "commit", payload) for member in members]
+        self._announcing += [self._pool.submit(member.announce, "commit", payload) for member in members]
 
     def _for_commit(self) -> dict[str, Any]:
         return {
@@ -219,8 +222,8 @@ class Round:
             member.call("prepare", payload, self._options.timeout_s)
         except RdtError as error:
             return self._failed("prepare", member, error.failed_rank, error)
-        # Before the version is there, so that nobody waits for it afterwards.
-        member.announce("commit", self._for_commit())
+        # Mostly before the version is there, so that nobody waits for it afterwards.
+        self._announce_commit([member])
         return None
 
     @property

@@ -75,16 +75,12 @@ def guard_resumption(scheduler: Any, may_resume: Callable[[], bool]) -> None:
 
 def gather(answer: dict[str, Any]) -> list[dict[str, Any]]:
     """Every tensor-parallel rank's answer, on all of them. All ranks must call it in the same order."""
-    import torch  # noqa: PLC0415  the entry point, which imports this file, loads without it
     from sglang.srt.runtime_context import get_parallel  # noqa: PLC0415
 
-    group = get_parallel().tp_group.cpu_group
-    size = torch.distributed.get_world_size(group)
-    if size == 1:
-        return [answer]
-    answers: list[Any] = [None] * size
-    torch.distributed.all_gather_object(answers, answer, group=group)
-    return answers
+    from rdt_sglang.gathering import gather_plain  # noqa: PLC0415  the entry point loads without torch
+
+    group = get_parallel().tp_group
+    return [answer] if group.world_size == 1 else gather_plain(answer, group.cpu_group)
 
 
 def is_in_update(scheduler: Any) -> bool:
