@@ -72,3 +72,16 @@ def test_the_coordinator_has_the_usual_share_of_a_busy_cpu(ray_cluster: str, gro
         assert ray.get(actor.__ray_call__.remote(_niceness), timeout=CALL_TIMEOUT_S) == {0}
     finally:
         channel.end()
+
+
+def test_a_call_is_answered_beside_more_held_open_than_ray_runs_by_default(
+    ray_cluster: str, group: str
+) -> None:
+    assert ray_cluster
+    channel = RayChannel.create(group)
+    channel.call("attach", 0, 2, "instance", b"", timeout_s=CALL_TIMEOUT_S)
+    # Rank 1 never attaches, so that these wait as the requests for tasks of a thousand trainer ranks do.
+    held_open = [channel.start("manifests", 10 * CALL_TIMEOUT_S) for _ in range(1_100)]
+    assert channel.call("session", timeout_s=CALL_TIMEOUT_S)
+    del held_open
+    channel.end()
