@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tests.faults.results import Recorder
 
 BROKEN_METHOD = {
-    "connect": "_missing",
+    "connect": "_awaited",
     "publish": "publish",
     "before read": "begin_read",
     "after read": "end_read",

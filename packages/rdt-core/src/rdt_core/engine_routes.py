@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 MAX_BODY_BYTES = 64 * 1024
 BODY_TIMEOUT_S = 300.0
-"""A commit is announced when a read begins. A driver whose read takes longer than this sends it whole."""
+"""A commit is announced before its version is there. A driver that waits longer than this sends it whole."""
 
 _STATUS_OF_ERROR = (
     (WireFormatError, 400),
