@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from rdt_core import signals
 from rdt_core.coordinator import Coordinator
 from rdt_core.line import pack
 from rdt_core.signals import Signal
@@ -30,6 +31,8 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         made.append(1)
 
     monkeypatch.setattr(Signal, "_rest", counted)
+    # On a machine that takes a second for a test, nobody looks by itself.
+    monkeypatch.setattr(signals, "LOOK_S", TIMEOUT_S)
     return made
 
 
