@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from by_size import run_by_size
 
+from rdt_core.coordinator import POLL_S
 from rdt_core.errors import RdtError
 from rdt_core.line import LineAddress, LineServer, pack, unpack
 from rdt_core.peers import GroupCoordinator
@@ -34,6 +35,7 @@ WARM_UP, VERSIONS = 1, 5
 NUM_SOURCES = 8
 """Trainer ranks that an engine rank reads from."""
 TIMEOUT_S = 600.0
+IDLE_S = 8.0
 ENGINE = "engine"
 _LENGTH = struct.Struct("!I")
 
@@ -48,11 +50,13 @@ async def serve(pipe: Connection, num_ranks: int) -> None:
     began = time.perf_counter()
     await asyncio.gather(*(ask_sources(coordinator, rank, num_ranks) for rank in range(num_ranks)))
     exports_s = time.perf_counter() - began
+    for poll in polls:
+        poll.cancel()
     line = LineServer(coordinator)
     address = await line.listen("127.0.0.1")
     life = (await coordinator.status())["life"]
     pipe.send((address, await coordinator.topology(), life, exports_s))
-    await asyncio.gather(*polls)
+    await asyncio.Event().wait()
 
 
 async def answer_tasks(coordinator: GroupCoordinator, rank: int) -> None:
@@ -147,6 +151,12 @@ class Group:
         await self._engines[rank].call("report_prepared", ENGINE, rank, attempt, Outcome())
 
 
+async def poll(member: Member, rank: int) -> None:
+    """A trainer rank's requests for tasks; there are none."""
+    while True:
+        await member.call("next_tasks", rank, str(rank), 0)
+
+
 async def gather(calls: Any) -> list[Any]:
     """The results of all."""
     return list(await asyncio.gather(*calls))
@@ -158,16 +168,28 @@ async def measure_group(pipe: Connection, pid: int, num_ranks: int) -> dict[str,
     members = [await Member.connect(address) for _ in range(2 * num_ranks + 1)]
     group = Group(members[:num_ranks], members[num_ranks:-1], members[-1], topology, life)
     process = psutil.Process(pid)
+    polls = [asyncio.create_task(poll(await Member.connect(address), rank)) for rank in range(num_ranks)]
+    await asyncio.sleep(POLL_S)
+    before = cpu_s(process)
+    await asyncio.sleep(IDLE_S)
+    idle_share = round((cpu_s(process) - before) / IDLE_S, 4)
     samples: list[dict[str, float]] = []
     for version in range(1, WARM_UP + VERSIONS + 1):
-        before = process.cpu_times()
+        before = cpu_s(process)
         sample = await group.sync(version)
-        after = process.cpu_times()
-        cpu_s = after.user + after.system - before.user - before.system
-        samples.append({**sample, "coordinator_cpu_s": cpu_s})
+        samples.append({**sample, "coordinator_cpu_s": cpu_s(process) - before})
+    for request in polls:
+        request.cancel()
     counted = samples[WARM_UP:]
     medians = {name: round(statistics.median(s[name] for s in counted), 5) for name in counted[0]}
-    return {"num_trainer_ranks": num_ranks, "num_engine_ranks": num_ranks, "exports_s": exports_s, **medians}
+    facts = {"exports_s": round(exports_s, 5), "idle_share_of_a_core": idle_share}
+    return {"num_trainer_ranks": num_ranks, "num_engine_ranks": num_ranks, **facts, **medians}
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """Processor time of a process so far."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:

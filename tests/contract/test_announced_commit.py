@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import select
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rdt_core import engine_routes
+from rdt_core import engine_routes, tracing
 from rdt_core.client import CoordinatorClient
 from rdt_core.engine_http import EngineHttp
 from rdt_core.errors import NotPreparedError, UpdateFailedError
@@ -85,6 +86,18 @@ def test_every_commit_is_announced(group: LocalGroup, engine: Announced) -> None
             sync.update(version, timeout_s=TIMEOUT_S)
             assert fingerprint(engine.url) == expected_fingerprint(version)
             assert engine.told == ["commit"] * number
+
+
+def test_a_commit_that_is_traced_is_announced_too(
+    group: LocalGroup, engine: Announced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spans belong to the thread that drives, where a request is longer by the name of one."""
+    main = threading.main_thread()
+    span = f"00-{1:032x}-{1:016x}-01"
+    monkeypatch.setattr(tracing, "traceparent", lambda: span if threading.current_thread() is main else "")
+    with drive(group, engine) as sync:
+        sync.update(group.write_and_publish(), timeout_s=TIMEOUT_S)
+        assert engine.told == ["commit"]
 
 
 def test_an_engine_that_was_told_of_a_commit_which_does_not_come_keeps_its_version(

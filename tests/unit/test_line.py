@@ -11,7 +11,7 @@ import pytest
 from rdt_core.coordinator import Coordinator
 from rdt_core.errors import CoordinatorLostError, DeadlineError, RdtError, SupersededError
 from rdt_core.line import Line, LineAddress, LineServer, pack, unpack
-from rdt_core.words import Outcome
+from rdt_core.words import Outcome, TrainerTask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -139,7 +139,11 @@ def test_an_address_nobody_answers_at_is_an_os_error(host: Host) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [None, 1, 2.5, "a", b"b", [1, (2, "c")], {("a", 0): Outcome(1)}, {1: {"x": (1, (2, ()))}}]
+    "value",
+    [
+        *(None, 1, 2.5, "a", b"b", [1, (2, "c")], {("a", 0): Outcome(1)}, {1: {"x": (1, (2, ()))}}),
+        [TrainerTask(2**60, "export", {"ranges": [("w", 0, 8)], "arena": ()}, "00-a-b-01")],
+    ],
 )
 def test_plain_values_come_back_as_they_were(value: object) -> None:
     assert unpack(pack(value)) == value

@@ -22,7 +22,7 @@ from rdt_core.errors import (
 from rdt_core.line import Line, LineServer, is_taken
 from rdt_core.patience import RestartingError, call_patiently
 from rdt_core.peers import GroupCoordinator, LenderChannel, landing_name
-from rdt_core.priority import leave_niceness
+from rdt_core.priority import leave_niceness, open_many_files
 from rdt_core.ray_session import NAMESPACE
 from rdt_core.words import NOTHING_SAID, LastWords, Outcome, TrainerTask
 
@@ -36,17 +36,14 @@ logger = logging.getLogger(__name__)
 CALL_TIMEOUT_S = 10.0
 """For a call that the coordinator answers without waiting for anyone."""
 
-
 ATTACH_TIMEOUT_S = 60.0
 """For the first call to a coordinator, which may have to wait for its actor to start."""
-
 
 _END_LOOK_S = 0.01
 """How often the last trainer rank that leaves looks whether the coordinator has ended."""
 
-
 _MAX_CALLS = 100_000
-"""That may be under way at once through Ray, which has 1,000 by default: one a trainer rank is held open."""
+"""That may be under way at once through Ray, which has 1,000 by default; some are held open."""
 
 
 class Channel(Protocol):
@@ -77,6 +74,7 @@ class _ActorCoordinator(GroupCoordinator):
 
     def __init__(self, group: str) -> None:
         leave_niceness()
+        open_many_files()
         importlib.import_module("torch")
         super().__init__(group)
         self._line = LineServer(self)

@@ -3,7 +3,9 @@
 A call of a Ray actor takes a millisecond or more, and a sync makes half a dozen one after the other. The same
 call takes a twentieth of that here. Members learn the address and a secret through Ray, which has checked who
 they are; whoever connects must send the secret first. Values cross as msgpack, so nothing that arrives can
-run code. What carries Ray object refs, or is called once, stays with Ray.
+run code. What carries Ray object refs, or is called once, stays with Ray. Trainer ranks ask for their tasks
+here too: a call of an actor takes it a millisecond of processor time, and an idle group makes one a rank
+every two seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import msgpack
 from rdt_core import tracing
 from rdt_core.error_wire import from_wire, to_wire
 from rdt_core.errors import CoordinatorLostError, DeadlineError, RdtError
-from rdt_core.words import Outcome
+from rdt_core.words import Outcome, TrainerTask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,6 +39,7 @@ METHODS = frozenset(
         "check_version",
         "drop_lease",
         "end_read",
+        "next_tasks",
         "publish",
         "record",
         "release",
@@ -45,7 +48,7 @@ METHODS = frozenset(
         "wait_published",
     }
 )
-"""What may be called here: the coordinator's methods of plain values that lie on the way of a sync."""
+"""What may be called here: methods of plain values, on the way of a sync or called all the time."""
 
 _OF_LENDER = "of_lender"
 
@@ -201,7 +204,7 @@ class Line:
 
 
 def pack(value: object) -> bytes:
-    """Plain values, tuples, outcomes and our errors, as bytes.
+    """Plain values, tuples, outcomes, tasks and our errors, as bytes.
 
     Raises:
         TypeError: a value is of another kind.
@@ -226,7 +229,7 @@ def _unpack(raw: bytes, depth: int) -> Any:
     return msgpack.unpackb(raw, ext_hook=functools.partial(_decode, depth + 1), strict_map_key=False)
 
 
-_TUPLE, _ERROR, _OUTCOME = 1, 2, 3
+_TUPLE, _ERROR, _OUTCOME, _TASK = 1, 2, 3, 4
 
 
 def _encode(value: object) -> msgpack.ExtType:
@@ -236,6 +239,8 @@ def _encode(value: object) -> msgpack.ExtType:
         return msgpack.ExtType(_ERROR, msgpack.packb(to_wire(value)))
     if isinstance(value, Outcome):
         return msgpack.ExtType(_OUTCOME, pack([value.value, value.error]))
+    if isinstance(value, TrainerTask):
+        return msgpack.ExtType(_TASK, pack([value.number, value.kind, value.payload, value.traceparent]))
     raise TypeError(f"{type(value).__name__} does not cross the coordinator's line")
 
 
@@ -246,6 +251,8 @@ def _decode(depth: int, code: int, raw: bytes) -> object:
         return from_wire(msgpack.unpackb(raw))
     if code == _OUTCOME:
         return Outcome(*_unpack(raw, depth))
+    if code == _TASK:
+        return TrainerTask(*_unpack(raw, depth))
     raise ValueError(f"unknown kind {code} of value")
 
 

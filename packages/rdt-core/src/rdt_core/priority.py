@@ -1,4 +1,4 @@
-"""The coordinator's share of a busy CPU.
+"""What the coordinator's process asks of its system: a share of a busy CPU, and sockets.
 
 Ray starts its workers at niceness 15: beside processes that spin on every core, such as an engine's
 schedulers, they get a thirtieth of one. Work can wait for its turn; the coordinator's answers, and what it
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -34,3 +35,10 @@ def leave_niceness() -> bool:
         logger.info("stays at niceness %d: no permission to change it", os.nice(0))
         return False
     return True
+
+
+def open_many_files() -> None:
+    """Let this process hold as many sockets as it may: every member of a large group has two of them."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):  # some systems say unlimited and do not take it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

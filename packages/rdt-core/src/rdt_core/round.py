@@ -110,11 +110,12 @@ class Round:
         Their ranks wait for the publication themselves, so that it finds them ready. An engine that cannot,
         or must connect in another mode first, is asked by :meth:`prepare`.
         """
-        mode = self._options.mode
+        # Here, where the trace of the sync is known: an announcement is as long as its commit.
+        mode, commit = self._options.mode, self._for_commit()
         for member in self._members:
             if member.awaits_publication and (mode is None or member.reads_in(mode)):
                 payload = {**self._for_reading(member), "awaits_publication": True}
-                self._asked[member] = self._pool.submit(self._ask, member, payload)
+                self._asked[member] = self._pool.submit(self._ask, member, payload, commit)
 
     def prepare(self, life: str) -> list[Member]:
         """Have every rank of every member read. Blocks until all have, or one has failed.
@@ -134,7 +135,8 @@ class Round:
             failed = self._ask_others()
             if not (failed and self._is_all_or_none):
                 reading = [member for member in self._members if member not in failed]
-                self._announce_commit([member for member in reading if member not in self._asked])
+                others = [member for member in reading if member not in self._asked]
+                self._announce_commit(others, self._for_commit())
                 failed |= self._wait_for_reads(life, reading)
             return self._sift(failed)
         except RdtError:
@@ -185,12 +187,11 @@ class Round:
         for member, error in self._on_all("abort", members, abort).items():
             logger.warning("engine %s did not abort: %s", member.url, error.detail)
 
-    def _announce_commit(self, members: Sequence[Member]) -> None:
+    def _announce_commit(self, members: Sequence[Member], payload: Mapping[str, Any]) -> None:
         """Have engines route the request that they get when all have read, meanwhile; returns at once.
 
         Called by any thread.
         """
-        payload = self._for_commit()
         self._announcing += [self._pool.submit(member.announce, "commit", payload) for member in members]
 
     def _for_commit(self) -> dict[str, Any]:
@@ -217,13 +218,15 @@ class Round:
         answers = {member: answer.result() for member, answer in self._asked.items()}
         return failed | {member: error for member, error in answers.items() if error is not None}
 
-    def _ask(self, member: Member, payload: Mapping[str, Any]) -> UpdateFailedError | None:
+    def _ask(
+        self, member: Member, payload: Mapping[str, Any], commit: Mapping[str, Any]
+    ) -> UpdateFailedError | None:
         try:
             member.call("prepare", payload, self._options.timeout_s)
         except RdtError as error:
             return self._failed("prepare", member, error.failed_rank, error)
         # Mostly before the version is there, so that nobody waits for it afterwards.
-        self._announce_commit([member])
+        self._announce_commit([member], commit)
         return None
 
     @property
