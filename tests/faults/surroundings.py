@@ -103,6 +103,8 @@ def lose_node() -> Row:
     from ray.cluster_utils import Cluster
 
     with tempfile.TemporaryDirectory(prefix="rdt", dir="/tmp") as folder:
+        # Ray writes the head's address there, and makes the folder only where no other is asked for.
+        Path("/tmp/ray").mkdir(exist_ok=True)  # noqa: S108  Ray's own
         cluster = Cluster(
             initialize_head=True,
             head_node_args={
