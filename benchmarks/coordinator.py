@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import resource
 import statistics
 import struct
 import time
@@ -24,6 +23,7 @@ from rdt_core.coordinator import POLL_S
 from rdt_core.errors import RdtError
 from rdt_core.line import LineAddress, LineServer, pack, unpack
 from rdt_core.peers import GroupCoordinator
+from rdt_core.process_limits import open_many_files
 from rdt_core.words import Outcome
 
 if TYPE_CHECKING:
@@ -194,8 +194,7 @@ def cpu_s(process: psutil.Process) -> float:
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run it with as many open sockets as the system gives."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    open_many_files()
     return asyncio.run(coroutine)
 
 

@@ -419,7 +419,7 @@ def wait_until_idle(url: str) -> None:
             raise RuntimeError(
                 f"{url} is busy after {IDLE_TIMEOUT_S:.0f} s without new requests. See its log."
             )
-        time.sleep(0.1)
+        time.sleep(0.1)  # between two questions: SGLang tells nobody when its last request ends
 
 
 def prompt_logprobs(url: str) -> list[float]:

@@ -122,6 +122,14 @@ def test_manifests_come_in_rank_order_once_every_rank_attached(client: Coordinat
     assert client.manifests(5.0) == [b"zero", b"one"]
 
 
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_a_rank_that_a_group_of_its_size_does_not_have_is_refused(
+    client: CoordinatorClient, rank: int
+) -> None:
+    with pytest.raises(ConfigError, match=f"trainer rank {rank} is none of a group of 2"):
+        client.attach(rank, 2, "x", b"")
+
+
 def test_a_missing_trainer_rank_is_named_in_the_error(client: CoordinatorClient) -> None:
     client.attach(1, 3, "b", b"one")
     with pytest.raises(MissingTrainerRankError) as caught:

@@ -139,7 +139,7 @@ CALL_FIELDS: dict[str, tuple[object, ...]] = {
     "check_version": (1, ""),
     "drop_lease": (1,),
     "end_read": (1, 1),
-    "next_tasks": (0, "another", 1),
+    "next_tasks": (0, "another", 1),  # of the right one it would be held open for two seconds
     "publish": (0, "i", 1, 0),
     "record": ({},),
     "release": (0, "i", 0.0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rdt_core.errors import RdtError
@@ -19,7 +19,7 @@ _Answer = TypeVar("_Answer")
 class _Waiting:
     answer: Callable[[], Any]
     answered: Signal
-    outcome: Outcome | None = field(default=None)
+    outcome: Outcome | None = None
 
     def settle(self) -> None:
         try:

@@ -22,7 +22,7 @@ from rdt_core.errors import (
 from rdt_core.line import Line, LineServer, is_taken
 from rdt_core.patience import RestartingError, call_patiently
 from rdt_core.peers import GroupCoordinator, LenderChannel, landing_name
-from rdt_core.priority import leave_niceness, open_many_files
+from rdt_core.process_limits import leave_niceness, open_many_files
 from rdt_core.ray_session import NAMESPACE
 from rdt_core.words import NOTHING_SAID, LastWords, Outcome, TrainerTask
 
@@ -104,10 +104,15 @@ class RayChannel:
         import ray  # noqa: PLC0415  ray is loaded on first use, not on import
 
         options = {"name": actor_name(group), "namespace": NAMESPACE, "get_if_exists": True}
-        options["max_concurrency"] = _MAX_CALLS
         actor = (
             ray.remote(_ActorCoordinator)
-            .options(**options, lifetime="detached", num_cpus=0, max_restarts=-1)
+            .options(
+                **options,
+                lifetime="detached",
+                num_cpus=0,
+                max_restarts=-1,
+                max_concurrency=_MAX_CALLS,
+            )
             .remote(group)
         )
         return cls(group, actor)

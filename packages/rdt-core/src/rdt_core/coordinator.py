@@ -92,7 +92,7 @@ class Coordinator:
             last: what a rank that introduces itself again, to a coordinator that was restarted, had said to
                 the one before.
         """
-        check_rank(rank, world_size)
+        _check_rank(rank, world_size)
         earlier: KnownTrainer | None = None
         while (known := self._trainers.get(rank)) is not None:
             if known.instance == instance:
@@ -452,7 +452,7 @@ class Coordinator:
         self._awaited_versions.settle()
 
 
-def check_rank(rank: int, world_size: int) -> None:
+def _check_rank(rank: int, world_size: int) -> None:
     """A rank that a group of this size has.
 
     Raises:

@@ -105,6 +105,7 @@ class WeightPublisher:
             NoRayClusterError: there is no Ray cluster to join.
             RayAuthError: the cluster wants another token.
             GroupInUseError: another live process has attached this rank under this name.
+            ConfigError: the group's size has no such rank, or other ranks said another size.
             UnsupportedLayoutError: a parameter cannot be described.
         """
         if channel is None:

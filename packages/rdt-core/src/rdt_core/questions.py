@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rdt_core.signals import Signal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from rdt_core.words import Outcome
 
@@ -62,8 +62,5 @@ class OpenQuestions:
 
     def look_again(self) -> None:
         """Ranks have come or gone."""
-        for question in self._all():
+        for question in set(self._by_number.values()):
             question.changed.wake()
-
-    def _all(self) -> Iterable[Question]:
-        return {id(question): question for question in self._by_number.values()}.values()

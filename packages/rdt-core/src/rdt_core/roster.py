@@ -174,10 +174,11 @@ class Roster:
         return tuple(rank for rank in range(self.world_size) if not self.is_alive(rank))
 
     def _count(self, trainer: KnownTrainer, number: int) -> None:
-        for counted in (self._holding, *([self._writing] if trainer.is_writing else [])):
-            counted[trainer.version] += number
-            if not counted[trainer.version]:
-                del counted[trainer.version]
+        self._writing[trainer.version] += number * trainer.is_writing
+        self._holding[trainer.version] += number
+        if not self._holding[trainer.version]:
+            # Its least and its greatest are asked for, and versions come and go for weeks.
+            del self._holding[trainer.version], self._writing[trainer.version]
 
     def _tell(self) -> None:
         self._topology = None
